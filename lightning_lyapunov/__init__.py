@@ -1,0 +1,39 @@
+"""Watch the Lyapunov spectrum of a recurrent network while it trains."""
+
+from lightning_lyapunov.callback import LyapunovMonitor
+from lightning_lyapunov.functional import jacobians, lyapunov_spectrum
+from lightning_lyapunov.invariants import kaplan_yorke_dimension, kolmogorov_sinai_entropy
+from lightning_lyapunov.metrics import (
+    KaplanYorkeDimension,
+    KolmogorovSinaiEntropy,
+    Log10GradientGain,
+    LyapunovSpectrum,
+    LyapunovStandardError,
+    MaximalLyapunovExponent,
+    MaximalLyapunovStandardError,
+    MeanLyapunovExponent,
+    NumDegenerateExponents,
+    NumPositiveExponents,
+    lyapunov_metrics,
+)
+from lightning_lyapunov.spectrum import FLOOR
+
+__all__ = [
+    "FLOOR",
+    "KaplanYorkeDimension",
+    "KolmogorovSinaiEntropy",
+    "Log10GradientGain",
+    "LyapunovMonitor",
+    "LyapunovSpectrum",
+    "LyapunovStandardError",
+    "MaximalLyapunovExponent",
+    "MaximalLyapunovStandardError",
+    "MeanLyapunovExponent",
+    "NumDegenerateExponents",
+    "NumPositiveExponents",
+    "jacobians",
+    "kaplan_yorke_dimension",
+    "kolmogorov_sinai_entropy",
+    "lyapunov_metrics",
+    "lyapunov_spectrum",
+]

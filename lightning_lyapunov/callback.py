@@ -1,0 +1,331 @@
+"""``LyapunovMonitor``: when to measure, and where the numbers go."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from lightning_lyapunov import dashboard
+from lightning_lyapunov.functional import layer_growth, working_dtype
+from lightning_lyapunov.layers import RecurrentLayer, Sequences, as_layer, is_recurrent
+from lightning_lyapunov.metrics import lyapunov_metrics
+from lightning_lyapunov.sampling import Recorder
+
+__all__ = ["LyapunovMonitor"]
+
+# A single sequence is cut into so many stretches: its error then comes from them.
+_SEGMENTS = 8
+_LOGGED = (
+    "max",
+    "max_stderr",
+    "mean",
+    "kaplan_yorke_dimension",
+    "kolmogorov_sinai_entropy",
+    "num_positive",
+    "log10_gradient_gain",
+)
+
+
+class LyapunovMonitor(Callback):
+    r"""Log the Lyapunov spectrum of the recurrent layers of a model while it trains.
+
+    On a due batch the monitor copies a few of the sequences that each recurrent layer is called with, follows the
+    layer along them with its new weights, and logs how fast perturbations grow or fade. It changes nothing of the run:
+    it draws no random number, makes no gradient, calls no code of the user's and leaves no hook behind.
+
+    The first value comes at the first training batch, so ``EarlyStopping`` and ``ModelCheckpoint`` find
+    ``"lyapunov/max"`` whatever their settings and their place in the list of callbacks.
+
+    Args:
+        modules: dotted name or names of the layers to watch, as in ``named_modules()``; None for every recurrent layer.
+        every_n_epochs: measure at the end of every so many epochs. Where no schedule is given: 1.
+        every_n_train_steps: measure every so many optimizer steps. Both schedules may be given.
+        num_sequences: sequences per measurement and rank.
+        max_steps: the longest stretch of a sequence that is used, from its start.
+        num_exponents: how many of the largest exponents to compute for each cell (all, if it has fewer); None for all.
+        warmup: steps at the start of each sequence that are not averaged, at most half of the longest.
+        qr_interval: see :func:`~lightning_lyapunov.lyapunov_spectrum`.
+        dtype: see :func:`~lightning_lyapunov.lyapunov_spectrum`.
+        log_spectrum: log pictures and histograms of the spectra to the loggers that can show them.
+        strict: raise what goes wrong in a measurement, instead of warning once and logging NaN.
+
+    Raises:
+        ValueError: if an argument is out of range; at the start of a fit, if the model has no layer of a name in
+            ``modules``, or no recurrent layer.
+
+    Example::
+
+        >>> from lightning.pytorch.callbacks import EarlyStopping
+        >>> callbacks = [LyapunovMonitor(), EarlyStopping("lyapunov/max", divergence_threshold=0.5, patience=10**6)]
+    """
+
+    def __init__(
+        self,
+        modules: str | Sequence[str] | None = None,
+        *,
+        every_n_epochs: int | None = None,
+        every_n_train_steps: int | None = None,
+        num_sequences: int = 16,
+        max_steps: int = 100,
+        num_exponents: int | None = 16,
+        warmup: int = 20,
+        qr_interval: int | Literal["auto"] = "auto",
+        dtype: torch.dtype | None = None,
+        log_spectrum: bool = True,
+        strict: bool = False,
+    ) -> None:
+        _check_at_least(
+            1,
+            every_n_epochs=every_n_epochs,
+            every_n_train_steps=every_n_train_steps,
+            num_sequences=num_sequences,
+            max_steps=max_steps,
+            num_exponents=num_exponents,
+            qr_interval=None if qr_interval == "auto" else qr_interval,
+        )
+        _check_at_least(0, warmup=warmup)
+        if warmup >= max_steps:
+            raise ValueError(
+                f"`warmup={warmup}` leaves nothing to average: `max_steps` is {max_steps}. "
+                "Lower `warmup` or raise `max_steps`."
+            )
+        if dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(f"`dtype` must be torch.float32, torch.float64 or None, not {dtype}.")
+        self.modules = None if modules is None else [modules] if isinstance(modules, str) else list(modules)
+        self.every_n_epochs = 1 if every_n_epochs is None and every_n_train_steps is None else every_n_epochs
+        self.every_n_train_steps = every_n_train_steps
+        self.num_sequences, self.max_steps = num_sequences, max_steps
+        self.num_exponents, self.warmup = num_exponents, warmup
+        self.qr_interval: int | Literal["auto"] = qr_interval
+        self.dtype, self.log_spectrum, self.strict = dtype, log_spectrum, strict
+        self._history: dict[str, dict[str, list[Tensor]]] = {}
+        self._run: _Run | None = None
+
+    @property
+    def history(self) -> dict[str, dict[str, Tensor]]:
+        """The measurements of each cell so far.
+
+        For ``m`` measurements ``history[layer]`` holds ``"step"`` ``(m,)``, the step of the loggers; ``"spectrum"``
+        ``(m, num_exponents)``, nats per step, largest first; and ``"stderr"``, its standard error, of the same shape:
+        tensors on the CPU.
+        """
+        return {
+            layer: {name: torch.stack(values) for name, values in measurements.items()}
+            for layer, measurements in self._history.items()
+        }
+
+    # When to measure
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        layers = _find_layers(pl_module, self.modules)
+        self._run = _Run(layers, Recorder(layers, self.num_sequences, self.max_steps))
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self._run and self._due(trainer, self._run, trainer.global_step + 1):
+            self._run.recorder.start()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._run and self._run.recorder.recording:
+            self._run.recorder.stop()
+            if self._due(trainer, self._run, trainer.global_step):
+                self._run.sequences = self._run.recorder.sequences()
+                self._measure(trainer, self._run, trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        # Where the epoch was cut short, or its end was not foreseen, the sequences of the last measurement serve again.
+        if self._run and self._epoch_is_due(trainer) and self._run.measured_epoch != trainer.current_epoch:
+            # At this hook Lightning has already counted one step further.
+            self._measure(trainer, self._run, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+            self._run.measured_epoch = trainer.current_epoch
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._end_run()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self._end_run()
+
+    def _end_run(self) -> None:
+        if self._run:
+            self._run.recorder.stop()
+        self._run = None
+
+    def _epoch_is_due(self, trainer: Any) -> bool:
+        return self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+
+    def _due(self, trainer: Any, run: "_Run", global_step: int) -> bool:
+        """Return whether to measure at the end of a batch that ends, or would end, at ``global_step``."""
+        every = self.every_n_train_steps
+        return (
+            run.measured_step is None
+            or (trainer.is_last_batch and self._epoch_is_due(trainer))
+            or (every is not None and global_step // every > run.measured_step // every)
+        )
+
+    # What to measure
+
+    def _measure(self, trainer: Any, run: "_Run", step: int) -> None:
+        run.measured_step = trainer.global_step
+        if trainer.is_last_batch:
+            run.measured_epoch = trainer.current_epoch
+        cells = {}
+        for name, (_, layer) in run.layers.items():
+            cells.update(self._measure_layer(name, layer, run, trainer.strategy.root_device))
+        self._publish(trainer, run, cells, step)
+
+    def _measure_layer(
+        self, name: str, layer: RecurrentLayer, run: "_Run", device: torch.device
+    ) -> dict[str, dict[str, Tensor]]:
+        """Return the metrics of each cell of a layer, over the sequences of all ranks."""
+        measured = {}
+        # On a rank that has nothing to add, or fails, the others wait for it at the sums: it takes part all the same.
+        growths = self._layer_growth(name, layer, run)
+        for index, cell in enumerate(layer.cell_names):
+            size = layer.state_sizes[index]
+            count = size if self.num_exponents is None else min(self.num_exponents, size)
+            metrics = lyapunov_metrics(count).to("cpu" if device.type == "mps" else device)
+            spectrum, steps = growths[index] if growths else (torch.empty(0, count), torch.empty(0))
+            metrics.update(spectrum, steps=steps)
+            key = f"{name}.{cell}" if len(layer.cell_names) > 1 else name
+            values = metrics.compute()
+            measured[key] = run.latest.setdefault(key, values) if values["num_sequences"] == 0 else values
+        return measured
+
+    def _layer_growth(self, name: str, layer: RecurrentLayer, run: "_Run") -> list[tuple[Tensor, Tensor]]:
+        """Return exponents ``(sequences, num_exponents)`` and steps ``(sequences,)`` of each cell, on this rank.
+
+        Nothing for a layer that was not called; NaN for one that could not be measured.
+        """
+        try:
+            if name in run.recorder.errors:
+                raise run.recorder.errors[name]
+            if name not in run.sequences:
+                run.warn(
+                    f"The recurrent layer `{name}` was not called in a training step: its last values are repeated."
+                )
+                return []
+            sequences = run.sequences[name]
+            longest = int(sequences.lengths.max())
+            warmup = min(self.warmup, longest // 2)
+            growths = layer_growth(
+                layer,
+                sequences,
+                num_exponents=self.num_exponents,
+                warmup=warmup,
+                qr_interval=self.qr_interval,
+                dtype=working_dtype(layer, sequences, self.dtype),
+                segments=min(_SEGMENTS, longest - warmup) if len(sequences.lengths) == 1 else 1,
+            )
+        except Exception as error:
+            if self.strict:
+                raise
+            run.warn(
+                f"The Lyapunov spectrum of `{name}` could not be measured; its values are NaN and training goes on. "
+                f"{type(error).__name__}: {error} To raise this error, write `LyapunovMonitor(strict=True)`."
+            )
+            sizes = [
+                size if self.num_exponents is None else min(self.num_exponents, size) for size in layer.state_sizes
+            ]
+            return [(torch.full((1, size), math.nan), torch.ones(1)) for size in sizes]
+        return [
+            ((growth.total / growth.steps.unsqueeze(-1)).flatten(0, 1), growth.steps.flatten()) for _, growth in growths
+        ]
+
+    # Where the numbers go
+
+    def _publish(self, trainer: Any, run: "_Run", cells: dict[str, dict[str, Tensor]], step: int) -> None:
+        run.latest = cells
+        called = [metrics for metrics in cells.values() if metrics["num_sequences"] > 0] or list(cells.values())
+        worst = max(called, key=lambda metrics: float(metrics["max"].nan_to_num(math.inf)))
+        scalars = {"lyapunov/max": worst["max"], "lyapunov/max_stderr": worst["max_stderr"]}
+        for cell, metrics in cells.items():
+            scalars.update({f"lyapunov/{cell}/{name}": metrics[name] for name in _LOGGED})
+            history = self._history.setdefault(cell, {"step": [], "spectrum": [], "stderr": []})
+            history["step"].append(torch.tensor(step))
+            history["spectrum"].append(metrics["spectrum"].float().cpu())
+            history["stderr"].append(metrics["stderr"].float().cpu())
+
+        device = trainer.strategy.root_device
+        trainer.callback_metrics.update({key: value.float().to(device) for key, value in scalars.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics({key: float(value) for key, value in scalars.items()}, step=step)
+        if self.log_spectrum and trainer.is_global_zero:
+            for logger in trainer.loggers:
+                dashboard.log_spectra(logger, self.history, step)
+
+    # What is saved
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(
+            modules=self.modules, every_n_epochs=self.every_n_epochs, every_n_train_steps=self.every_n_train_steps
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._history = {
+            layer: {name: list(values.unbind()) for name, values in measurements.items()}
+            for layer, measurements in state_dict["history"].items()
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles leave the run behind, and with it the model; so do the methods that Lightning binds here.
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
+        return {**kept, "_run": None}
+
+
+@dataclass
+class _Run:
+    """What belongs to one fit."""
+
+    layers: dict[str, tuple[nn.Module, RecurrentLayer]]
+    recorder: Recorder
+    sequences: dict[str, Sequences] = field(default_factory=dict)
+    latest: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    measured_step: int | None = None
+    measured_epoch: int | None = None
+    warned: set[str] = field(default_factory=set)
+
+    def warn(self, message: str) -> None:
+        """Warn once of each thing."""
+        if message not in self.warned:
+            self.warned.add(message)
+            warnings.warn(message, stacklevel=2)
+
+
+def _find_layers(model: nn.Module, names: Sequence[str] | None) -> dict[str, tuple[nn.Module, RecurrentLayer]]:
+    """Return the layers to watch by name.
+
+    Raises:
+        ValueError: if there are none, or none of a name.
+    """
+    # torch.compile wraps a module in another; its name is an accident of that.
+    modules = {name.replace("_orig_mod.", "").removesuffix("._orig_mod"): m for name, m in model.named_modules()}
+    recurrent = [name for name, module in modules.items() if is_recurrent(module)]
+    found = ", ".join(f"`{name}` ({type(modules[name]).__name__})" for name in recurrent) or "none"
+    if names is None and not recurrent:
+        raise ValueError(
+            f"{type(model).__name__} has no recurrent layer of torch.nn. "
+            'Name the modules to watch: `LyapunovMonitor(modules="...")`.'
+        )
+    for name in names or ():
+        if name not in modules:
+            raise ValueError(f"`modules` names `{name}`, which the model does not have. Its recurrent layers: {found}.")
+        if not is_recurrent(modules[name]):
+            raise ValueError(
+                f"`modules` names `{name}`, a {type(modules[name]).__name__}, which is no recurrent layer. "
+                f"The model's recurrent layers: {found}."
+            )
+    return {name: (modules[name], as_layer(modules[name])) for name in names or recurrent}
+
+
+def _check_at_least(low: int, **arguments: int | None) -> None:
+    for name, value in arguments.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+            raise ValueError(f"`{name}={value!r}` must be a whole number, {low} or more.")

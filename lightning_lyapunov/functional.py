@@ -1,0 +1,223 @@
+"""The plain functions: a recurrent module or a callable in, its Lyapunov spectrum or its Jacobians out."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lyapunov.layers import Driven, RecurrentLayer, Sequences, as_layer
+from lightning_lyapunov.spectrum import FLOOR, Growth, log_growth
+
+__all__ = ["jacobians", "layer_growth", "lyapunov_spectrum", "working_dtype"]
+
+
+def lyapunov_spectrum(
+    dynamics: nn.Module | Callable[[Tensor, Tensor], Tensor],
+    inputs: Any,
+    state: Any = None,
+    *,
+    num_exponents: int | None = None,
+    warmup: int = 0,
+    qr_interval: int | Literal["auto"] = "auto",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""Compute the Lyapunov exponents of a recurrent network along input sequences.
+
+    .. math:: \lambda_j = \frac1T \sum_{t=1}^{T} \log |R_t|_{jj}, \qquad J_t Q_{t-1} = Q_t R_t,
+
+    where ``J_t`` is the derivative of the state after step ``t`` by the whole state before it (``(h, c)`` for an LSTM).
+    The frame starts in general position, so that the exponents are those of the sequence after a transient of O(1/T),
+    which ``warmup`` shortens. The spectrum of a stack of layers, or of two directions, is the union of its cells'
+    spectra, because the Jacobian of the whole is block-triangular.
+
+    Args:
+        dynamics: a :class:`torch.nn.RNN`, ``GRU`` or ``LSTM``, one of their cells, or a callable
+            ``step(state, input) -> state`` on tensors ``(batch, state)`` and ``(batch, input)`` that treats the members
+            of a batch independently and can be differentiated by :func:`torch.func.jvp`. A module is measured
+            without dropout.
+        inputs: what the module would be called with (``batch_first``, packed, unbatched: as the module takes it);
+            for a callable and for a cell ``(time, batch, input)``. A map without input takes ``(time, batch, 0)``.
+        state: what the module would be called with, zeros by default; for a callable ``(batch, state)``, required.
+        num_exponents: how many of the largest exponents to compute; None for all.
+        warmup: steps that move the state and the frame and are not averaged.
+        qr_interval: steps between two re-orthonormalisations; ``"auto"`` takes as many as the spread of the spectrum
+            allows. It changes the cost and not the result: what an interval cannot resolve is done again step by step.
+        dtype: dtype of the products with the frame. None: float32, or float64 for float64 weights; for a callable, that
+            of ``state``. Trajectories, factorisations and sums are float64 where the device has it, and so are steps
+            that float32 cannot resolve. A callable is called in ``dtype``.
+
+    Returns:
+        The exponents in nats per step, largest first, ``(batch, num_exponents)``. A direction that is wiped out (its
+        exponent is minus infinity, or cannot be told from it) has :data:`lightning_lyapunov.FLOOR`, -87.3; so has any
+        exponent below. A network that is not finite has NaN.
+
+    Raises:
+        ValueError: if an argument has the wrong size or value; the message says what to write.
+        TypeError: if an argument is of the wrong type.
+
+    Source: Benettin et al. (1980); Vogt et al., arXiv 2006.14123, Algorithm 1.
+
+    Example::
+
+        >>> import torch
+        >>> rotation = torch.tensor([[0.0, -0.5], [2.0, 0.0]], dtype=torch.float64)
+        >>> inputs, state = torch.zeros(100, 1, 0), torch.ones(1, 2, dtype=torch.float64)
+        >>> lyapunov_spectrum(lambda s, x: s @ rotation.T, inputs, state).abs().round(decimals=6)
+        tensor([[0., 0.]], dtype=torch.float64)
+    """
+    layer = as_layer(dynamics)
+    with _undisturbed():
+        sequences, dtype = _read(layer, inputs, state, dtype)
+        count = _check_options(layer, sequences, num_exponents, warmup, qr_interval)
+        growths = [
+            growth
+            for _, growth in layer_growth(
+                layer, sequences, num_exponents=count, warmup=warmup, qr_interval=qr_interval, dtype=dtype
+            )
+        ]
+        total = torch.cat([growth.total.sum(0) for growth in growths], -1)
+        spectrum = (total / growths[0].steps.sum(0).unsqueeze(-1)).clamp(min=FLOOR)
+        return spectrum.sort(dim=-1, descending=True).values[:, :count].to(dtype)
+
+
+def layer_growth(
+    layer: RecurrentLayer,
+    sequences: Sequences,
+    *,
+    num_exponents: int | None,
+    warmup: int,
+    qr_interval: int | Literal["auto"],
+    dtype: torch.dtype,
+    segments: int = 1,
+) -> list[tuple[str, Growth]]:
+    """Return the growth of the leading directions of each cell of a layer, with the cell's name."""
+
+    def growth(driven: Driven) -> Growth:
+        size = driven.recurrence.state_size
+        return log_growth(
+            driven.recurrence,
+            driven.inputs,
+            driven.state,
+            sequences.lengths,
+            num_exponents=size if num_exponents is None else min(num_exponents, size),
+            warmup=warmup,
+            qr_interval=qr_interval,
+            dtype=dtype,
+            segments=segments,
+        )
+
+    with _undisturbed():
+        return [(driven.name, growth(driven)) for driven in layer.drive(sequences)]
+
+
+def jacobians(
+    dynamics: nn.Module | Callable[[Tensor, Tensor], Tensor],
+    inputs: Any,
+    state: Any = None,
+) -> Tensor:
+    """Compute the Jacobian of the state after each step by the state before it, by reverse-mode differentiation.
+
+    The state of a stack of layers is that of its cells one after the other, ``(h, c)`` for each cell of an LSTM. This
+    is the plain way, vmapped over sequences and time: for whoever wants the matrices, and to check the spectrum by.
+
+    Args:
+        dynamics: as in :func:`lyapunov_spectrum`.
+        inputs: as in :func:`lyapunov_spectrum`.
+        state: as in :func:`lyapunov_spectrum`.
+
+    Returns:
+        ``(time, batch, state, state)``, in float64 for a module and in the dtype of ``state`` for a callable. What
+        follows the end of a shorter sequence of a packed batch is NaN.
+
+    Raises:
+        ValueError: as in :func:`lyapunov_spectrum`, and for a bidirectional module, whose directions share no step.
+        TypeError: as in :func:`lyapunov_spectrum`.
+    """
+    layer = as_layer(dynamics)
+    if any(name.endswith("_reverse") for name in layer.cell_names):
+        raise ValueError(
+            "`dynamics` is bidirectional: its two directions share no step. Pass each direction by itself."
+        )
+    with _undisturbed():
+        sequences, _ = _read(layer, inputs, state, None)
+        cells = list(layer.drive(sequences))
+
+        def step(states: Tensor, step_inputs: Tensor) -> Tensor:
+            after = []
+            for driven, before in zip(cells, states.split([cell.recurrence.state_size for cell in cells], -1)):
+                after.append(driven.recurrence.step(before, step_inputs))
+                step_inputs = driven.recurrence.output(after[-1])
+            return torch.cat(after, -1)
+
+        states = [torch.cat([driven.state for driven in cells], -1)]
+        for step_inputs in cells[0].inputs:
+            states.append(step(states[-1], step_inputs))
+        derivative = torch.func.jacrev(lambda s, x: step(s.unsqueeze(0), x.unsqueeze(0)).squeeze(0))
+        matrices = torch.func.vmap(torch.func.vmap(derivative))(torch.stack(states[:-1]), cells[0].inputs)
+        ended = torch.arange(len(matrices)).unsqueeze(-1) >= sequences.lengths
+        return matrices.masked_fill(ended.to(matrices.device)[..., None, None], torch.nan)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Compute without gradients and in the dtypes that are asked for, whatever is set around the call."""
+    with torch.no_grad(), ExitStack() as stack:
+        for device in ("cpu", "cuda", "mps"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def working_dtype(layer: RecurrentLayer, sequences: Sequences, dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype of the products with the frame: never below float32, whatever the precision of training."""
+    if dtype is None:
+        return torch.promote_types(layer.dtype or sequences.states.dtype, torch.float32)
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"`dtype` must be torch.float32, torch.float64 or None, not {dtype}.")
+    return dtype
+
+
+def _read(layer: RecurrentLayer, inputs: Any, state: Any, dtype: torch.dtype | None) -> tuple[Sequences, torch.dtype]:
+    """Return the sequences as the layer's cells can take them, and the dtype of the products with the frame."""
+    sequences = layer.read(inputs, state)
+    dtype = working_dtype(layer, sequences, dtype)
+    if layer.dtype is None:
+        sequences = sequences._replace(inputs=sequences.inputs.to(dtype), states=sequences.states.to(dtype))
+    return sequences, dtype
+
+
+def _check_options(
+    layer: RecurrentLayer,
+    sequences: Sequences,
+    num_exponents: int | None,
+    warmup: int,
+    qr_interval: int | Literal["auto"],
+) -> int:
+    """Raise a ValueError for options that do not fit the sequences; return the number of exponents."""
+    total = sum(layer.state_sizes)
+    if num_exponents is not None and not _is_count(num_exponents, 1, total):
+        raise ValueError(
+            f"`num_exponents={num_exponents}` must be from 1 to {total}, the size of the state, or None for all."
+        )
+    if sequences.inputs.shape[0] == 0 or sequences.inputs.shape[1] == 0:
+        raise ValueError(
+            f"`inputs` holds no steps or no sequences: (time, batch) is {tuple(sequences.inputs.shape[:2])}."
+        )
+    if not _is_count(warmup, 0):
+        raise ValueError(f"`warmup={warmup}` must be a number of steps, 0 or more.")
+    shortest = int(sequences.lengths.min())
+    if warmup >= shortest:
+        raise ValueError(
+            f"`warmup={warmup}` leaves nothing to average: the sequences have {shortest} steps"
+            f"{'' if shortest == int(sequences.lengths.max()) else ' at least'}. "
+            "Lower `warmup` or pass longer `inputs`."
+        )
+    if qr_interval != "auto" and not _is_count(qr_interval, 1):
+        raise ValueError(f'`qr_interval={qr_interval!r}` must be "auto" or a number of steps, 1 or more.')
+    return total if num_exponents is None else num_exponents
+
+
+def _is_count(value: Any, low: int, high: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high

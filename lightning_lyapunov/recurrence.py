@@ -1,0 +1,252 @@
+"""A recurrent cell as a driven map ``s_t = f(s_{t-1}, x_t)``, with its tangent map.
+
+The closed forms below are the derivatives of the cells as PyTorch defines them (see the formulas in the documentation
+of :class:`torch.nn.RNN`, :class:`torch.nn.GRU` and :class:`torch.nn.LSTM`). They read plain weight tensors, so they
+work on every device, under parametrisations and pruning, and where a fused kernel has no forward derivative.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["CallableRecurrence", "GRURecurrence", "LSTMRecurrence", "RNNRecurrence", "Recurrence"]
+
+# Jacobians are formed a few steps at a time: enough to fill a vector unit, few enough to stay in the cache.
+_MAX_JACOBIAN_ELEMENTS = 2**21
+
+
+class Recurrence(ABC):
+    """A driven map ``s_t = f(s_{t-1}, x_t)`` on states of shape ``(batch, state_size)``, and its tangent map.
+
+    States of several tensors are flattened into one vector: for an LSTM ``(h, c)``, in this order.
+    """
+
+    state_size: int
+
+    @abstractmethod
+    def step(self, state: Tensor, inputs: Tensor) -> Tensor:
+        """Return the next state, ``(batch, state_size)``, from a state and one step's input, ``(batch, input)``."""
+
+    @abstractmethod
+    def push_forward(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
+        """Return ``J_T ... J_1 frame``, the tangent vectors in the columns of ``frame`` after all steps.
+
+        Args:
+            states: the state *before* each step, ``(time, batch, state_size)``.
+            inputs: the input of each step, ``(time, batch, input)``.
+            frame: tangent vectors, ``(batch, state_size, num_exponents)``. Its dtype is the one to compute in.
+
+        Returns:
+            ``(batch, state_size, num_exponents)``, in the dtype that was used.
+        """
+
+    def trajectory(self, inputs: Tensor, state: Tensor) -> Tensor:
+        """Return the states after each step, ``(time, batch, state_size)``."""
+        states = []
+        for step_inputs in inputs:
+            state = self.step(state, step_inputs)
+            states.append(state)
+        return torch.stack(states)
+
+    def output(self, states: Tensor) -> Tensor:
+        """Return what the layer above sees of ``states``, ``(..., output)``."""
+        return states
+
+
+class CallableRecurrence(Recurrence):
+    """A plain callable ``step(state, input) -> state``, differentiated by :mod:`torch.func`."""
+
+    def __init__(self, step: Callable[[Tensor, Tensor], Tensor], state_size: int) -> None:
+        self._step = step
+        self.state_size = state_size
+
+    def step(self, state: Tensor, inputs: Tensor) -> Tensor:
+        return self._step(state, inputs)
+
+    def push_forward(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
+        frame = frame.to(states.dtype)
+        for state, step_inputs in zip(states, inputs, strict=True):
+            frame = self._push(state, step_inputs, frame)
+        return frame
+
+    def _push(self, state: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
+        def derivative_along(tangent: Tensor) -> Tensor:
+            return torch.func.jvp(lambda s: self._step(s, inputs), (state,), (tangent,))[1]
+
+        return torch.func.vmap(derivative_along, in_dims=-1, out_dims=-1)(frame)
+
+
+class _ClosedForm(Recurrence):
+    """A cell of PyTorch, written out: what its subclasses give is one step and the factors of its Jacobian."""
+
+    def __init__(
+        self, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None = None, bias_hh: Tensor | None = None
+    ) -> None:
+        self.weight_ih, self.weight_hh = weight_ih, weight_hh
+        self.bias_ih, self.bias_hh = bias_ih, bias_hh
+        self.state_size = weight_hh.shape[1]
+
+    @abstractmethod
+    def _advance(self, state: Tensor, drive: Tensor) -> Tensor:
+        """Return the next state, given the state and what the input adds to the gates."""
+
+    @abstractmethod
+    def _tangents(self, states: Tensor, drive: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return the tangent map of each step as tensors ``(time, batch, ...)``."""
+
+    @abstractmethod
+    def _apply(self, frame: Tensor, *tangent: Tensor) -> Tensor:
+        """Return the frame after one step, whose tangent map is ``tangent``."""
+
+    def _drive(self, inputs: Tensor) -> Tensor:
+        return F.linear(inputs, self.weight_ih, self.bias_ih)
+
+    def _recur(self, states: Tensor) -> Tensor:
+        return F.linear(states, self.weight_hh, self.bias_hh)
+
+    def step(self, state: Tensor, inputs: Tensor) -> Tensor:
+        return self._advance(state, self._drive(inputs))
+
+    def trajectory(self, inputs: Tensor, state: Tensor) -> Tensor:
+        states = []
+        for drive in self._drive(inputs):
+            state = self._advance(state, drive)
+            states.append(state)
+        return torch.stack(states)
+
+    def push_forward(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
+        steps = max(1, _MAX_JACOBIAN_ELEMENTS // (frame.shape[0] * self.state_size**2))
+        for some_states, drive in zip(states.split(steps), self._drive(inputs).split(steps), strict=True):
+            for tangent in zip(*self._tangents(some_states, drive, frame.dtype), strict=True):
+                frame = self._apply(frame, *tangent)
+        return frame
+
+
+def _sigmoid_slope(x: Tensor) -> Tensor:
+    """Return ``sigmoid'(x)`` to full relative accuracy, also where the gate is saturated."""
+    return x.sigmoid() * (-x).sigmoid()
+
+
+def _tanh_slope(x: Tensor) -> Tensor:
+    """Return ``tanh'(x) = sech^2(x)``; ``1 - tanh(x)^2`` would lose every digit of it from ``|x| = 19`` on."""
+    return 4 * _sigmoid_slope(2 * x)
+
+
+def _scaled_rows(weight: Tensor, *factors: Tensor) -> Tensor:
+    """Return ``sum_i diag(factors[i]) weight[i]`` for a weight of ``len(factors)`` blocks of rows."""
+    first, *others = zip(factors, weight.chunk(len(factors)), strict=True)
+    total = first[0].unsqueeze(-1) * first[1]
+    for factor, block in others:
+        total.addcmul_(factor.unsqueeze(-1), block)
+    return total
+
+
+class RNNRecurrence(_ClosedForm):
+    r"""Elman's cell: ``h' = phi(W_ih x + b_ih + W_hh h + b_hh)``, with ``J = diag(phi') W_hh``."""
+
+    def __init__(self, *weights: Tensor | None, nonlinearity: str = "tanh") -> None:
+        super().__init__(*cast(tuple[Tensor, Tensor], weights))
+        self._phi, self._slope = {
+            "tanh": (torch.tanh, _tanh_slope),
+            "relu": (torch.relu, lambda x: (x > 0).to(x.dtype)),
+        }[nonlinearity]
+
+    def _advance(self, state: Tensor, drive: Tensor) -> Tensor:
+        return self._phi(drive + self._recur(state))
+
+    def _tangents(self, states: Tensor, drive: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        slope = self._slope(drive + self._recur(states))
+        return (_scaled_rows(self.weight_hh.to(dtype), slope.to(dtype)),)
+
+    def _apply(self, frame: Tensor, *tangent: Tensor) -> Tensor:
+        return tangent[0] @ frame
+
+
+class GRURecurrence(_ClosedForm):
+    r"""The gated recurrent unit ``h' = (1 - z) n + z h``, ``n = tanh(W_in x + b_in + r (W_hn h + b_hn))``.
+
+    ``J = diag(z) + diag((h - n) z (1 - z)) W_hz + diag((1 - z) n') (diag(r) W_hn + diag(q r (1 - r)) W_hr)``, where
+    ``q = W_hn h + b_hn`` and ``n' = 1 - n^2``.
+    """
+
+    def _gates(self, states: Tensor, drive: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the arguments of ``r``, ``z`` and ``n``, and ``q``."""
+        (r_x, z_x, n_x), (r_h, z_h, q) = drive.chunk(3, -1), self._recur(states).chunk(3, -1)
+        r = r_x + r_h
+        return r, z_x + z_h, n_x + r.sigmoid() * q, q
+
+    def _advance(self, state: Tensor, drive: Tensor) -> Tensor:
+        _, z, n, _ = self._gates(state, drive)
+        return torch.lerp(n.tanh(), state, z.sigmoid())
+
+    def _tangents(self, states: Tensor, drive: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        r, z, n, q = self._gates(states, drive)
+        through_n = (-z).sigmoid() * _tanh_slope(n)
+        through_r = through_n * q * _sigmoid_slope(r)
+        through_z = (states - n.tanh()) * _sigmoid_slope(z)
+        factors = through_r, through_z, through_n * r.sigmoid()
+        jacobian = _scaled_rows(self.weight_hh.to(dtype), *(factor.to(dtype) for factor in factors))
+        jacobian.diagonal(dim1=-2, dim2=-1).add_(z.sigmoid().to(dtype))
+        return (jacobian,)
+
+    def _apply(self, frame: Tensor, *tangent: Tensor) -> Tensor:
+        return tangent[0] @ frame
+
+
+class LSTMRecurrence(_ClosedForm):
+    r"""The long short-term memory cell on ``s = (h, c)``: ``c' = f c + i g``, ``h' = W_hr (o tanh c')``.
+
+    With ``u = o tanh c'`` (``h' = u`` where there is no projection), a tangent ``(dh, dc)`` is carried to
+    ``dc' = diag(f) dc + A dh`` and ``du = diag(o sech^2 c') dc' + diag(tanh c' o') W_ho dh``, where
+    ``A = diag(g i') W_hi + diag(c f') W_hf + diag(i g') W_hg`` and a prime on a gate is its slope. Only the columns
+    of ``h`` are dense, so a product costs half of what the full Jacobian would.
+    """
+
+    def __init__(self, *weights: Tensor | None, weight_hr: Tensor | None = None) -> None:
+        super().__init__(*cast(tuple[Tensor, Tensor], weights))
+        self.weight_hr = weight_hr
+        self.output_size = self.weight_hh.shape[1]
+        self.state_size = self.output_size + self.weight_hh.shape[0] // 4
+
+    def _gates(self, states: Tensor, drive: Tensor) -> tuple[Tensor, ...]:
+        """Return the arguments of ``i``, ``f``, ``g`` and ``o``, then ``c`` and ``c'``."""
+        hidden, cell = states.split((self.output_size, self.state_size - self.output_size), -1)
+        i, f, g, o = (drive + self._recur(hidden)).chunk(4, -1)
+        return i, f, g, o, cell, f.sigmoid() * cell + i.sigmoid() * g.tanh()
+
+    def _project(self, u: Tensor) -> Tensor:
+        return u if self.weight_hr is None else F.linear(u, self.weight_hr)
+
+    def _advance(self, state: Tensor, drive: Tensor) -> Tensor:
+        *_, o, _, cell = self._gates(state, drive)
+        return torch.cat((self._project(o.sigmoid() * cell.tanh()), cell), -1)
+
+    def _tangents(self, states: Tensor, drive: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        i, f, g, o, cell, next_cell = self._gates(states, drive)
+        weight = self.weight_hh.to(dtype)
+        through_cell = g.tanh() * _sigmoid_slope(i), cell * _sigmoid_slope(f), i.sigmoid() * _tanh_slope(g)
+        through_output = next_cell.tanh() * _sigmoid_slope(o)
+        rows = 3 * cell.shape[-1]
+        dense = torch.cat(
+            (
+                _scaled_rows(weight[rows:], through_output.to(dtype)),
+                _scaled_rows(weight[:rows], *(factor.to(dtype) for factor in through_cell)),
+            ),
+            -2,
+        )
+        return dense, f.sigmoid().to(dtype), (o.sigmoid() * _tanh_slope(next_cell)).to(dtype)
+
+    def _apply(self, frame: Tensor, *tangent: Tensor) -> Tensor:
+        dense, forget, expose = tangent
+        hidden, cell = frame.split((self.output_size, self.state_size - self.output_size), -2)
+        u, next_cell = (dense @ hidden).chunk(2, -2)
+        next_cell = torch.addcmul(next_cell, forget.unsqueeze(-1), cell)
+        u = torch.addcmul(u, expose.unsqueeze(-1), next_cell)
+        return torch.cat((u if self.weight_hr is None else self.weight_hr.to(u.dtype) @ u, next_cell), -2)
+
+    def output(self, states: Tensor) -> Tensor:
+        return states[..., : self.output_size]

@@ -1,0 +1,228 @@
+"""Tangent dynamics: carry a frame along a trajectory, re-orthonormalise it, and sum what it grew by.
+
+The method is that of Benettin, Galgani, Giorgilli & Strelcyn (Meccanica 15, 1980) and Shimada & Nagashima (Prog. Theor.
+Phys. 61, 1979), as used for networks by Vogt, Puelma Touzel, Shlizerman & Lajoie (arXiv 2006.14123): with
+``J_t Q_{t-1} = Q_t R_t``, the exponents are the averages of ``log R_t[j, j]``.
+"""
+
+import math
+from bisect import bisect_right
+from itertools import pairwise
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["FLOOR", "Growth", "generic_frame", "log_growth"]
+
+FLOOR = math.log(torch.finfo(torch.float32).tiny)
+"""The exponent reported for a direction that is wiped out (its true exponent is minus infinity): -87.3 nats per step.
+
+A step that multiplies by less than this leaves nothing of a float32 number.
+"""
+
+# The longest stretch between two re-orthonormalisations that "auto" tries. Beyond it the cost hardly falls further.
+_MAX_INTERVAL = 16
+# How far a tangent vector may lean towards the faster ones, as log(length / distance to their span): the rounding error
+# of the direction's growth is exp(lean) times that of the dtype. "auto" aims at the first and accepts the second.
+_AIMED_LEAN, _ACCEPTED_LEAN = 6.0, 8.0
+# Lengths of tangent vectors that float32 holds without loss.
+_SAFE_LENGTHS = 1e-30, 1e30
+
+
+class TangentMap(Protocol):
+    """What can step and push a tangent frame: see :class:`lightning_lyapunov.recurrence.Recurrence`."""
+
+    state_size: int
+
+    def trajectory(self, inputs: Tensor, state: Tensor) -> Tensor: ...
+
+    def push_forward(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor: ...
+
+
+class Growth(NamedTuple):
+    """What the directions of a frame grew by along each sequence.
+
+    Attributes:
+        total: sum of ``log R[j, j]`` over the averaged steps, ``(segments, batch, num_exponents)``, in nats; minus
+            infinity for a direction that was wiped out, NaN for a network that is not finite.
+        steps: number of steps averaged, ``(segments, batch)``.
+    """
+
+    total: Tensor
+    steps: Tensor
+
+
+def generic_frame(state_size: int, num_exponents: int) -> Tensor:
+    """Return orthonormal tangent vectors in general position, ``(state_size, num_exponents)``, float64 on the CPU.
+
+    A frame along the axes can miss the fastest direction for ever: from the identity, ``diag(0.5, 0.9, 2)`` and one
+    exponent give ln 0.5. The vectors come from a private generator, one by one, so that neither the precision nor the
+    number of exponents changes them and the global random state is left alone.
+    """
+    generator = torch.Generator().manual_seed(0)
+    columns = [torch.randn(state_size, generator=generator, dtype=torch.float64) for _ in range(num_exponents)]
+    return torch.linalg.qr(torch.stack(columns, -1)).Q
+
+
+def log_growth(
+    tangent_map: TangentMap,
+    inputs: Tensor,
+    state: Tensor,
+    lengths: Tensor,
+    *,
+    num_exponents: int,
+    warmup: int = 0,
+    qr_interval: int | Literal["auto"] = "auto",
+    dtype: torch.dtype = torch.float64,
+    segments: int = 1,
+) -> Growth:
+    """Sum the growth of a frame along each sequence.
+
+    The frame is re-orthonormalised every ``qr_interval`` steps. Whatever the interval, a stretch after which a vector
+    cannot be told from the faster ones is done again in shorter ones, at last step by step in float64.
+
+    Args:
+        tangent_map: the recurrence to follow.
+        inputs: ``(time, batch, input)``.
+        state: the state before the first step, ``(batch, state_size)``.
+        lengths: the steps of each sequence, ``(batch,)``, on the CPU; what follows them is not read.
+        num_exponents: the number of tangent vectors carried.
+        warmup: steps that move the state and the frame and are not averaged.
+        qr_interval: steps between two re-orthonormalisations; ``"auto"`` keeps the vectors well apart.
+        dtype: dtype of the products with the frame, float32 or float64.
+        segments: stretches of time to sum separately, for an error over time.
+    """
+    lengths, order = lengths.sort(descending=True, stable=True)
+    longest = int(lengths[0])
+    edges = [warmup + i * (longest - warmup) // segments for i in range(segments + 1)]
+    walk = _Walk(tangent_map, state[order], num_exponents, qr_interval, dtype)
+    total = walk.frame.new_zeros(segments, len(lengths), num_exponents, dtype=_precise_dtype(state.device))
+    inputs = inputs[:, order]
+    for start, stop in pairwise(sorted({0, *edges, *lengths.tolist()})):
+        running = int((lengths > start).sum())
+        walk.keep(running)
+        grown = walk.advance(inputs[start:stop, :running])
+        if start >= warmup:
+            total[bisect_right(edges, start) - 1, :running] += grown
+    steps = torch.stack([lengths.clamp(start, stop) - start for start, stop in pairwise(edges)])
+    original = order.argsort()
+    return Growth(total[:, original], steps[:, original].to(total.device))
+
+
+class _Walk:
+    """A state and a frame on their way along sequences of equal length."""
+
+    def __init__(
+        self,
+        tangent_map: TangentMap,
+        state: Tensor,
+        num_exponents: int,
+        qr_interval: int | Literal["auto"],
+        dtype: torch.dtype,
+    ) -> None:
+        self.tangent_map, self.state, self.dtype = tangent_map, state, dtype
+        frame = generic_frame(tangent_map.state_size, num_exponents)
+        self.frame = frame.to(state.device, dtype).expand(len(state), -1, -1)
+        # What a direction adds to its growth from now on: 0, or -inf once it is wiped out, or NaN once it is not finite.
+        self.fate = self.frame.new_zeros(len(state), num_exponents, dtype=_precise_dtype(state.device))
+        self.adaptive = qr_interval == "auto"
+        self.longest = _MAX_INTERVAL if qr_interval == "auto" else qr_interval
+        self.interval = 1 if self.adaptive else self.longest
+        self.careful = False
+
+    def keep(self, running: int) -> None:
+        """Go on with the first ``running`` sequences only: the others have ended."""
+        self.state, self.frame, self.fate = self.state[:running], self.frame[:running], self.fate[:running]
+
+    def advance(self, inputs: Tensor) -> Tensor:
+        """Take the steps of ``inputs`` and return what each direction grew by, ``(batch, num_exponents)``."""
+        grown = torch.zeros_like(self.fate)
+        while len(inputs):
+            stretch = inputs[: self.interval]
+            states = self.tangent_map.trajectory(stretch, self.state)
+            steps, growth = self._push(torch.cat((self.state.unsqueeze(0), states[:-1])), stretch)
+            self.state = states[steps - 1]
+            self.fate = self.fate.masked_fill(~self.state.isfinite().all(-1, keepdim=True), math.nan)
+            grown += growth + self.fate
+            inputs = inputs[steps:]
+        return grown
+
+    def _push(self, states: Tensor, inputs: Tensor) -> tuple[int, Tensor]:
+        """Take as many steps as the frame can stand; return their number and the growth of each direction."""
+        steps = len(inputs)
+        while steps and not self.careful:
+            pushed = self.tangent_map.push_forward(states[:steps], inputs[:steps], self.frame.to(self.dtype))
+            frame, growth, lean = _orthonormalise(pushed, self.fate == 0)
+            if lean <= _ACCEPTED_LEAN:
+                self.frame = frame
+                self._plan(steps, lean)
+                return steps, growth
+            steps //= 2
+            self.interval = max(1, steps)
+        pushed = self.tangent_map.push_forward(states[:1], inputs[:1], self.frame.to(self.fate.dtype))
+        self.frame, growth, lean, fate = _orthonormalise_carefully(pushed, self.fate == 0)
+        self.fate = self.fate + fate
+        self._plan(1, lean)
+        return 1, growth
+
+    def _plan(self, steps: int, lean: float) -> None:
+        """Choose the next interval from how far the frame leant after ``steps`` steps."""
+        room = steps * _AIMED_LEAN / max(lean, 1e-3) if self.adaptive else self.longest
+        self.interval = max(1, min(2 * self.interval, int(room), self.longest))
+        self.careful = not lean <= _ACCEPTED_LEAN
+
+
+def _orthonormalise(pushed: Tensor, alive: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Return an orthonormal frame for ``pushed``, each direction's growth, and the largest lean (inf: not resolved).
+
+    With ``V^T V = R^T R``, ``Q = V R^{-1}``. The growth telescopes exactly whether or not ``Q`` is orthonormal to the
+    last bit, so one pass is enough. Dead directions are carried as zeros.
+    """
+    pushed = pushed.masked_fill(~alive.unsqueeze(-2), 0)
+    precise = pushed.to(_precise_dtype(pushed.device))
+    gram = precise.mT @ precise
+    lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt().masked_fill(~alive, 1)
+    gram.diagonal(dim1=-2, dim2=-1).masked_fill_(~alive, 1)
+    factor, failures = torch.linalg.cholesky_ex(gram, upper=True)
+    stretches = factor.diagonal(dim1=-2, dim2=-1)
+    lean = (lengths / stretches).log().amax()
+    shortest, longest = _SAFE_LENGTHS
+    resolved = (failures == 0).all() & (lengths >= shortest).all() & (lengths <= longest).all()
+    lean = float(lean.where(resolved, math.inf))
+    if not lean <= _ACCEPTED_LEAN:
+        return pushed, stretches, math.inf
+    frame = torch.linalg.solve_triangular(factor.to(pushed.dtype), pushed, upper=True, left=False)
+    return frame, stretches.log(), lean
+
+
+def _orthonormalise_carefully(pushed: Tensor, alive: Tensor) -> tuple[Tensor, Tensor, float, Tensor]:
+    """Return frame, growth and lean by Householder's method, and the fate of each direction.
+
+    The rows are sorted by their size first: the error in a row is then that of its own size (Cox & Higham, Stability of
+    Householder QR for weighted least squares problems, 1998), so directions that one step shrinks to e^-40 of the
+    others are still resolved, and units that are exactly dead give exact zeros. What is left of a direction is dead if
+    the rounding error of the rows it can lie in explains it.
+    """
+    finite = pushed.isfinite().all(-1).all(-1)
+    pushed = pushed.masked_fill(~(alive & finite.unsqueeze(-1)).unsqueeze(-2), 0)
+    precise = pushed.to(_precise_dtype(pushed.device))
+    sizes, order = precise.norm(dim=-1).sort(dim=-1, descending=True)
+    order = order.unsqueeze(-1).expand_as(precise)
+    sorted_frame, factor = torch.linalg.qr(precise.gather(-2, order))
+    frame = torch.empty_like(precise).scatter_(-2, order, sorted_frame)
+
+    stretches = factor.diagonal(dim1=-2, dim2=-1).abs()
+    tails = sizes.square().flip(-1).cumsum(-1).flip(-1).sqrt()[..., : stretches.shape[-1]]
+    rounding = pushed.shape[-2] * torch.finfo(pushed.dtype).eps * tails
+    fate = torch.zeros_like(stretches).masked_fill(stretches <= rounding, -math.inf)
+    fate = fate.masked_fill(~finite.unsqueeze(-1), math.nan)
+
+    growth = stretches.where(fate == 0, 1).log()
+    leans = precise.norm(dim=-2).where(fate == 0, 1).log() - growth
+    return frame, growth, float(leans.amax()), fate
+
+
+def _precise_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype for factorisations and sums: float64, or float32 on a device that has no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
