@@ -11,10 +11,11 @@ from lightning_lyapunov.spectrum import FLOOR
 
 __all__ = ["log_spectra", "spectrum_picture"]
 
-_MARGIN_LEFT, _MARGIN_RIGHT, _MARGIN_TOP, _MARGIN_BOTTOM = 62, 118, 44, 52
-_PLOT_WIDTH, _PLOT_HEIGHT = 620, 336
+# TensorBoard shows a card of about 340 x 240 points: twice that, with letters that can still be read there.
+_WIDTH, _HEIGHT, _FONT_SIZE = 800, 560, 26
+_LEFT, _RIGHT, _TOP, _BOTTOM = 100, 630, 58, 462  # the edges of the plot
 _BACKGROUND, _INK, _FLOOR_GREY = (255, 255, 255), (40, 40, 40), (110, 110, 110)
-# Blue, white, red: the ends of Moreland's diverging map, lightness growing evenly to white.
+# Blue, white, red: the strength of the colour grows evenly from white to either end.
 _SHRINKS, _ZERO, _GROWS = np.array([[33, 84, 163], [255, 255, 255], [178, 24, 43]], dtype=float)
 
 
@@ -39,8 +40,8 @@ def log_spectra(logger: Any, history: Mapping[str, Mapping[str, Tensor]], step: 
 def spectrum_picture(steps: NDArray[Any], spectra: NDArray[Any], title: str) -> NDArray[np.uint8]:
     """Draw exponents over training: one column for each measurement, the largest exponent on top.
 
-    Red directions grow, blue ones shrink, white ones do neither. The colour follows the square root of the exponent, so
-    that a weak instability shows beside strong contraction.
+    Red directions grow, blue ones shrink, white ones do neither, grey ones are wiped out or not finite. The colour
+    follows the square root of the exponent, so that a weak instability shows beside strong contraction.
 
     Args:
         steps: the step of each measurement, ``(m,)``.
@@ -50,45 +51,44 @@ def spectrum_picture(steps: NDArray[Any], spectra: NDArray[Any], title: str) -> 
     Returns:
         An RGB picture, ``(height, width, 3)``.
     """
+    # Comes with tensorboard.
     from PIL import Image, ImageDraw, ImageFont
 
-    resolved = spectra[np.isfinite(spectra) & (spectra > FLOOR)]
-    limit = max(float(np.quantile(np.abs(resolved), 0.98)) if resolved.size else 1.0, 1e-3)
-    image = Image.new(
-        "RGB", (_MARGIN_LEFT + _PLOT_WIDTH + _MARGIN_RIGHT, _MARGIN_TOP + _PLOT_HEIGHT + _MARGIN_BOTTOM), _BACKGROUND
-    )
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
+    resolved = np.abs(spectra[np.isfinite(spectra) & (spectra > FLOOR)])
+    limit = max(float(np.quantile(resolved, 0.98)) if resolved.size else 1.0, 1e-3)
+    image = Image.new("RGB", (_WIDTH, _HEIGHT), _BACKGROUND)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(_FONT_SIZE)
 
-    def paste(cells: NDArray[Any], left: int, width: int) -> None:
-        colours = Image.fromarray(_colours(cells, limit))
-        image.paste(colours.resize((width, _PLOT_HEIGHT), Image.Resampling.NEAREST), (left, _MARGIN_TOP))
-        draw.rectangle((left - 1, _MARGIN_TOP - 1, left + width, _MARGIN_TOP + _PLOT_HEIGHT), outline=_INK)
+    def paint(values: NDArray[Any], left: int, right: int) -> None:
+        cells = Image.fromarray(_colours(values, limit))
+        image.paste(cells.resize((right - left, _BOTTOM - _TOP), Image.Resampling.NEAREST), (left, _TOP))
+        draw.rectangle((left - 1, _TOP - 1, right, _BOTTOM), outline=_INK)
 
-    bottom, right = _MARGIN_TOP + _PLOT_HEIGHT, _MARGIN_LEFT + _PLOT_WIDTH
-    paste(spectra.T, _MARGIN_LEFT, _PLOT_WIDTH)
-    draw.text((_MARGIN_LEFT + _PLOT_WIDTH / 2, 24), title, _INK, font, anchor="mm")
-    draw.text((_MARGIN_LEFT + _PLOT_WIDTH / 2, bottom + 38), "training step", _INK, font, anchor="mm")
-    columns, rows = spectra.shape
-    for column in _ticks(columns, 5):
-        x = _MARGIN_LEFT + (column + 0.5) * _PLOT_WIDTH / columns
-        draw.line((x, bottom, x, bottom + 4), _INK)
-        draw.text((x, bottom + 16), str(int(steps[column])), _INK, font, anchor="mm")
-    for row in _ticks(rows, 6):
-        y = _MARGIN_TOP + (row + 0.5) * _PLOT_HEIGHT / rows
-        draw.line((_MARGIN_LEFT - 5, y, _MARGIN_LEFT - 1, y), _INK)
-        draw.text((_MARGIN_LEFT - 9, y), str(row + 1), _INK, font, anchor="rm")
-    label = Image.new("RGB", (_PLOT_HEIGHT, 20), _BACKGROUND)
-    ImageDraw.Draw(label).text((_PLOT_HEIGHT / 2, 10), "exponent", _INK, font, anchor="mm")
-    image.paste(label.rotate(90, expand=True), (4, _MARGIN_TOP))
+    def write(x: float, y: float, text: str, anchor: str) -> None:
+        draw.text((x, y), text, _INK, font, anchor=anchor)
 
-    shades = np.linspace(1, -1, _PLOT_HEIGHT)
-    paste((np.sign(shades) * shades**2 * limit)[:, None], right + 22, 18)
-    for share in (1, 0.5, 0, -0.5, -1):
-        y = _MARGIN_TOP + (1 - share) / 2 * (_PLOT_HEIGHT - 1)
-        draw.text(
-            (right + 47, y), f"{np.sign(share) * share**2 * limit:+.2g}" if share else "0", _INK, font, anchor="lm"
-        )
-    draw.text((right + 20, 24), "nats/step", _INK, font, anchor="lm")
+    measurements, exponents = spectra.shape
+    paint(spectra.T, _LEFT, _RIGHT)
+    write(_LEFT, 26, title, "lm")
+    write((_LEFT + _RIGHT) / 2, _HEIGHT - 28, "training step", "mm")
+    for column in _ticks(measurements, 4):
+        x = _LEFT + (column + 0.5) * (_RIGHT - _LEFT) / measurements
+        draw.line((x, _BOTTOM, x, _BOTTOM + 6), _INK, 2)
+        write(x, _BOTTOM + 24, str(int(steps[column])), "mm")
+    for row in _ticks(exponents, 5):
+        y = _TOP + (row + 0.5) * (_BOTTOM - _TOP) / exponents
+        draw.line((_LEFT - 7, y, _LEFT - 1, y), _INK, 2)
+        write(_LEFT - 12, y, str(row + 1), "rm")
+    upright = Image.new("RGB", (_BOTTOM - _TOP, 36), _BACKGROUND)
+    ImageDraw.Draw(upright).text(((_BOTTOM - _TOP) / 2, 18), "exponent", _INK, font, anchor="mm")
+    image.paste(upright.rotate(90, expand=True), (6, _TOP))
+
+    roots = np.linspace(1, -1, _BOTTOM - _TOP)
+    paint((np.sign(roots) * roots**2 * limit)[:, None], _RIGHT + 32, _RIGHT + 60)
+    write(_RIGHT + 32, 26, "nats/step", "lm")
+    for root in (1, 0.5, 0, -0.5, -1):
+        y = _TOP + (1 - root) / 2 * (_BOTTOM - _TOP - 1)
+        write(_RIGHT + 70, y, f"{np.sign(root) * root**2 * limit:+.2g}" if root else "0", "lm")
     return np.asarray(image)
 
 

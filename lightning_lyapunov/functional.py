@@ -146,8 +146,8 @@ def jacobians(
         cells = list(layer.drive(sequences))
 
         def step(states: Tensor, step_inputs: Tensor) -> Tensor:
-            after = []
-            for driven, before in zip(cells, states.split([cell.recurrence.state_size for cell in cells], -1)):
+            after: list[Tensor] = []
+            for driven, before in zip(cells, states.split(layer.state_sizes, -1), strict=True):
                 after.append(driven.recurrence.step(before, step_inputs))
                 step_inputs = driven.recurrence.output(after[-1])
             return torch.cat(after, -1)

@@ -87,6 +87,6 @@ def _checked(spectrum: Tensor) -> Tensor:
         raise ValueError(f"`spectrum` must be a tensor of real numbers, not {given}. Write `spectrum.double()`.")
     if spectrum.ndim == 0 or spectrum.shape[-1] == 0:
         raise ValueError(
-            f"`spectrum` of shape {tuple(spectrum.shape)} holds no exponents. Pass a tensor of shape (..., num_exponents)."
+            f"`spectrum` of shape {tuple(spectrum.shape)} holds no exponents. Its shape must be (..., num_exponents)."
         )
     return spectrum

@@ -124,7 +124,7 @@ class _Walk:
         self.tangent_map, self.state, self.dtype = tangent_map, state, dtype
         frame = generic_frame(tangent_map.state_size, num_exponents)
         self.frame = frame.to(state.device, dtype).expand(len(state), -1, -1)
-        # What a direction adds to its growth from now on: 0, or -inf once it is wiped out, or NaN once it is not finite.
+        # What a direction adds to its growth from now on: 0, -inf once it is wiped out, NaN once it is not finite.
         self.fate = self.frame.new_zeros(len(state), num_exponents, dtype=_precise_dtype(state.device))
         self.adaptive = qr_interval == "auto"
         self.longest = _MAX_INTERVAL if qr_interval == "auto" else qr_interval
