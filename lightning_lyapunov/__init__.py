@@ -3,6 +3,7 @@
 from lightning_lyapunov.callback import LyapunovMonitor
 from lightning_lyapunov.functional import jacobians, lyapunov_spectrum
 from lightning_lyapunov.invariants import kaplan_yorke_dimension, kolmogorov_sinai_entropy
+from lightning_lyapunov.layers import register_layer
 from lightning_lyapunov.metrics import (
     KaplanYorkeDimension,
     KolmogorovSinaiEntropy,
@@ -36,4 +37,5 @@ __all__ = [
     "kolmogorov_sinai_entropy",
     "lyapunov_metrics",
     "lyapunov_spectrum",
+    "register_layer",
 ]

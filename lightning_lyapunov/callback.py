@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from lightning_lyapunov import dashboard
 from lightning_lyapunov.functional import layer_growth, working_dtype
-from lightning_lyapunov.layers import RecurrentLayer, Sequences, as_layer, is_recurrent
+from lightning_lyapunov.layers import as_layer, is_recurrent
 from lightning_lyapunov.metrics import lyapunov_metrics
 from lightning_lyapunov.sampling import Recorder
+from lightning_lyapunov.sequences import RecurrentLayer, Sequences
 
 __all__ = ["LyapunovMonitor"]
 
@@ -246,8 +247,8 @@ class LyapunovMonitor(Callback):
             scalars.update({f"lyapunov/{cell}/{name}": metrics[name] for name in _LOGGED})
             history = self._history.setdefault(cell, {"step": [], "spectrum": [], "stderr": []})
             history["step"].append(torch.tensor(step))
-            history["spectrum"].append(metrics["spectrum"].float().cpu())
-            history["stderr"].append(metrics["stderr"].float().cpu())
+            history["spectrum"].append(metrics["spectrum"].float().cpu().reshape(-1))
+            history["stderr"].append(metrics["stderr"].float().cpu().reshape(-1))
 
         device = trainer.strategy.root_device
         trainer.callback_metrics.update({key: value.float().to(device) for key, value in scalars.items()})
@@ -305,24 +306,27 @@ def _find_layers(model: nn.Module, names: Sequence[str] | None) -> dict[str, tup
     Raises:
         ValueError: if there are none, or none of a name.
     """
-    # torch.compile wraps a module in another; its name is an accident of that.
-    modules = {name.replace("_orig_mod.", "").removesuffix("._orig_mod"): m for name, m in model.named_modules()}
-    recurrent = [name for name, module in modules.items() if is_recurrent(module)]
+    # torch.compile wraps a module in another, which goes by the name that the user gave.
+    modules = {name: module for name, module in model.named_modules() if not name.endswith("_orig_mod")}
+    recurrent = [name for name, module in modules.items() if is_recurrent(getattr(module, "_orig_mod", module))]
     found = ", ".join(f"`{name}` ({type(modules[name]).__name__})" for name in recurrent) or "none"
     if names is None and not recurrent:
         raise ValueError(
-            f"{type(model).__name__} has no recurrent layer of torch.nn. "
-            'Name the modules to watch: `LyapunovMonitor(modules="...")`.'
+            f"{type(model).__name__} has no recurrent layer of torch.nn. Name the module to watch, "
+            '`LyapunovMonitor(modules="...")`, or teach its class with `register_layer`.'
         )
-    for name in names or ():
+    layers = {}
+    for name in names or recurrent:
         if name not in modules:
             raise ValueError(f"`modules` names `{name}`, which the model does not have. Its recurrent layers: {found}.")
-        if not is_recurrent(modules[name]):
+        try:
+            layer = as_layer(modules[name])
+        except TypeError as error:
             raise ValueError(
-                f"`modules` names `{name}`, a {type(modules[name]).__name__}, which is no recurrent layer. "
-                f"The model's recurrent layers: {found}."
-            )
-    return {name: (modules[name], as_layer(modules[name])) for name in names or recurrent}
+                f"`modules`: `{name}` cannot be watched. {error} The recurrent layers: {found}."
+            ) from error
+        layers[name.replace("_orig_mod.", "")] = (modules[name], layer)
+    return layers
 
 
 def _check_at_least(low: int, **arguments: int | None) -> None:

@@ -8,7 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_lyapunov.layers import Driven, RecurrentLayer, Sequences, as_layer
+from lightning_lyapunov.custom_layers import CallableLayer
+from lightning_lyapunov.layers import as_layer
+from lightning_lyapunov.sequences import Driven, RecurrentLayer, Sequences
 from lightning_lyapunov.spectrum import FLOOR, Growth, log_growth
 
 __all__ = ["jacobians", "layer_growth", "lyapunov_spectrum", "working_dtype"]
@@ -34,13 +36,15 @@ def lyapunov_spectrum(
     spectra, because the Jacobian of the whole is block-triangular.
 
     Args:
-        dynamics: a :class:`torch.nn.RNN`, ``GRU`` or ``LSTM``, one of their cells, or a callable
-            ``step(state, input) -> state`` on tensors ``(batch, state)`` and ``(batch, input)`` that treats the members
-            of a batch independently and can be differentiated by :func:`torch.func.jvp`. A module is measured
-            without dropout.
+        dynamics: a :class:`torch.nn.RNN`, ``GRU`` or ``LSTM``, one of their cells, a module called as
+            ``(input, state)`` that returns the next state or ``(output, state)``, one of a class that
+            :func:`~lightning_lyapunov.register_layer` knows, or a callable ``step(state, input) -> state`` on tensors
+            ``(batch, state)`` and ``(batch, input)``. The members of a batch must be independent of one another. A
+            module is measured in evaluation mode, so without dropout.
         inputs: what the module would be called with (``batch_first``, packed, unbatched: as the module takes it);
             for a callable and for a cell ``(time, batch, input)``. A map without input takes ``(time, batch, 0)``.
-        state: what the module would be called with, zeros by default; for a callable ``(batch, state)``, required.
+        state: what the module would be called with, zeros by default for those of torch; for a callable
+            ``(batch, state)``. A complex state of ``n`` numbers has ``2 n`` exponents.
         num_exponents: how many of the largest exponents to compute; None for all.
         warmup: steps that move the state and the frame and are not averaged.
         qr_interval: steps between two re-orthonormalisations; ``"auto"`` takes as many as the spread of the spectrum
@@ -183,7 +187,7 @@ def _read(layer: RecurrentLayer, inputs: Any, state: Any, dtype: torch.dtype | N
     """Return the sequences as the layer's cells can take them, and the dtype of the products with the frame."""
     sequences = layer.read(inputs, state)
     dtype = working_dtype(layer, sequences, dtype)
-    if layer.dtype is None:
+    if isinstance(layer, CallableLayer):
         sequences = sequences._replace(inputs=sequences.inputs.to(dtype), states=sequences.states.to(dtype))
     return sequences, dtype
 

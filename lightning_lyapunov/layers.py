@@ -1,296 +1,107 @@
-"""What a recurrent layer is called with, as sequences, and the recurrences that those sequences drive."""
+"""Which recurrent layer a module is, which ones the user taught, and which are refused."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from inspect import signature
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from inspect import Parameter, signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
-from lightning_lyapunov.recurrence import (
-    CallableRecurrence,
-    GRURecurrence,
-    LSTMRecurrence,
-    Recurrence,
-    RNNRecurrence,
-)
+from lightning_lyapunov.custom_layers import CallableLayer, CustomLayer, Step
+from lightning_lyapunov.sequences import RecurrentLayer
+from lightning_lyapunov.torch_layers import CellLayer, StackedLayer
 
-__all__ = ["Driven", "RecurrentLayer", "Sequences", "as_layer", "is_recurrent"]
+__all__ = ["as_layer", "is_recurrent", "register_layer"]
+
+_registered: dict[type[nn.Module], tuple[Step, Callable[..., tuple[Tensor, Any]]]] = {}
 
 
-class Sequences(NamedTuple):
-    """Sequences that a layer was called with.
+def register_layer(module_class: type[nn.Module], *, step: Step, read_call: Callable[..., tuple[Tensor, Any]]) -> None:
+    """Teach the package a recurrent layer that is not called as ``(input, state)``, one step at a time.
 
-    Attributes:
-        inputs: ``(time, batch, input)``; what follows the end of a sequence is never read.
-        states: the state of each cell before the first step, ``(cells, batch, state)``.
-        lengths: steps of each sequence, ``(batch,)``, on the CPU.
+    Modules of this class, and of its subclasses, are then found and measured like torch's own.
+
+    Args:
+        module_class: the class of the layer.
+        step: ``step(module, input, state)``, which returns the next state, or ``(output, state)``. The input is
+            ``(batch, ...)``, the state any pytree of tensors ``(batch, ...)``, real or complex. It gets a copy of the
+            module in evaluation mode, in float64 where that works.
+        read_call: ``read_call(module, *args, **kwargs)``, which returns, from the arguments of the module's
+            ``forward``, the inputs of each step, ``(time, batch, ...)``, and the state before the first.
+
+    Example::
+
+        >>> import torch
+        >>> class Leaky(torch.nn.Module):  # called with a whole sequence, (batch, time, input)
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.linear = torch.nn.Linear(3, 5)
+        >>> register_layer(
+        ...     Leaky,
+        ...     step=lambda module, x, h: 0.9 * h + torch.tanh(module.linear(x)),
+        ...     read_call=lambda module, x: (x.transpose(0, 1), x.new_zeros(len(x), 5)),
+        ... )
+        >>> from lightning_lyapunov import lyapunov_spectrum
+        >>> lyapunov_spectrum(Leaky(), torch.randn(2, 50, 3), num_exponents=1).exp()
+        tensor([[0.9000],
+                [0.9000]])
     """
-
-    inputs: Tensor
-    states: Tensor
-    lengths: Tensor
-
-
-class Driven(NamedTuple):
-    """One cell of a layer, with the inputs ``(time, batch, input)`` and the state ``(batch, state)`` it starts from."""
-
-    name: str
-    recurrence: Recurrence
-    inputs: Tensor
-    state: Tensor
-
-
-class RecurrentLayer(ABC):
-    """A layer whose calls are sequences and whose cells are recurrences."""
-
-    cell_names: tuple[str, ...]
-    state_sizes: tuple[int, ...]
-
-    @abstractmethod
-    def read(self, inputs: Any, state: Any = None) -> Sequences:
-        """Return what the layer was called with as sequences, in the order of the batch."""
-
-    def read_call(self, *args: Any, **kwargs: Any) -> Sequences:
-        """Return one call of the module as sequences, from the arguments of its ``forward``."""
-        raise TypeError(f"The calls of a {type(self).__name__} cannot be recorded.")
-
-    @abstractmethod
-    def drive(self, sequences: Sequences) -> Iterator[Driven]:
-        """Yield each cell with what drives it."""
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype | None:
-        """The dtype of the weights; None where they are not known."""
+    _registered[module_class] = (step, read_call)
 
 
 def as_layer(dynamics: nn.Module | Callable[[Tensor, Tensor], Tensor]) -> RecurrentLayer:
     """Return the layer that a module or a plain callable is.
 
     Raises:
-        TypeError: if it is neither a recurrent layer nor a callable.
+        TypeError: if it is none; the message says what to pass instead.
     """
-    if isinstance(dynamics, nn.RNNBase):
-        return StackedLayer(dynamics)
-    if isinstance(dynamics, nn.RNNCellBase):
-        return CellLayer(dynamics)
-    if isinstance(dynamics, nn.Module):
+    if not isinstance(dynamics, nn.Module):
+        if not callable(dynamics):
+            raise TypeError(
+                "`dynamics` must be a recurrent module or a callable `step(state, input) -> state`, "
+                f"not {type(dynamics).__name__}."
+            )
+        return CallableLayer(dynamics)
+    module = getattr(dynamics, "_orig_mod", dynamics)  # what torch.compile wraps
+    _refuse_what_cannot_be_read(module)
+    for module_class in type(module).__mro__:
+        if module_class in _registered:
+            step, read_call = _registered[module_class]
+            return CustomLayer(module, step, read_call)
+    if isinstance(module, nn.RNNBase):
+        return StackedLayer(module)
+    if isinstance(module, nn.RNNCellBase):
+        return CellLayer(module)
+    if not _takes_two(module.forward):
         raise TypeError(
-            f"`dynamics` is a {type(dynamics).__name__}, which is no recurrent layer of torch.nn. Pass one of its "
-            "recurrent layers, or a callable `step(state, input) -> state`."
+            f"{type(module).__name__} is no recurrent layer: it is not called as (input, state). Pass one of its "
+            "recurrent layers, a callable `step(state, input) -> state`, or teach it with `register_layer`."
         )
-    if not callable(dynamics):
-        raise TypeError(
-            f"`dynamics` must be a recurrent module or a callable `step(state, input) -> state`, "
-            f"not {type(dynamics).__name__}."
-        )
-    return CallableLayer(dynamics)
+    return CustomLayer(module)
 
 
 def is_recurrent(module: nn.Module) -> bool:
-    """Return whether a module is a recurrent layer that is recognised without being named."""
-    return isinstance(module, nn.RNNBase | nn.RNNCellBase)
+    """Return whether a module is a recurrent layer that is found without being named."""
+    return isinstance(module, (nn.RNNBase, nn.RNNCellBase, *_registered))
 
 
-class StackedLayer(RecurrentLayer):
-    """:class:`torch.nn.RNN`, ``GRU`` or ``LSTM``: one cell for each layer and direction."""
+def _takes_two(forward: Callable[..., Any]) -> bool:
+    positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = signature(forward).parameters.values()
+    return sum(parameter.kind in positional for parameter in parameters) >= 2 or any(
+        parameter.kind is Parameter.VAR_POSITIONAL for parameter in parameters
+    )
 
-    def __init__(self, module: nn.RNNBase) -> None:
-        self.module = module
-        directions = ("", "_reverse") if module.bidirectional else ("",)
-        self.cell_names = tuple(f"l{i}{direction}" for i in range(module.num_layers) for direction in directions)
-        self.has_cell_state = module.mode == "LSTM"
-        self.output_size = module.proj_size or module.hidden_size
-        state_size = self.output_size + module.hidden_size if self.has_cell_state else module.hidden_size
-        self.state_sizes = (state_size,) * len(self.cell_names)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.module.weight_hh_l0.dtype
-
-    def read(self, inputs: Any, state: Any = None) -> Sequences:
-        if isinstance(inputs, PackedSequence):
-            return self._read_packed(inputs, state)
-        _check_tensor("inputs", inputs, self.module.input_size)
-        if inputs.ndim == 2:
-            inputs, state = inputs.unsqueeze(1), _map_state(state, lambda part: part.unsqueeze(1))
-        elif inputs.ndim == 3:
-            inputs = inputs.transpose(0, 1) if self.module.batch_first else inputs
-        else:
-            raise ValueError(
-                f"`inputs` must be (time, batch, input), (batch, time, input) with `batch_first`, or (time, input), "
-                f"but its shape is {tuple(inputs.shape)}."
+def _refuse_what_cannot_be_read(module: nn.Module) -> None:
+    name = type(module).__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(f"{name} is scripted: its weights cannot be followed. Pass the module that was scripted.")
+    if "quantized" in type(module).__module__:
+        raise TypeError(f"{name} is quantised: its map has no derivative. Pass the module before quantisation.")
+    for parameter_name, parameter in module.named_parameters():
+        if hasattr(parameter, "ds_id") or (parameter.numel() == 0 and "weight" in parameter_name):
+            raise TypeError(
+                f"The parameters of {name} are sharded, and `{parameter_name}` is not here. Leave the recurrent layers "
+                "out of the sharding (FSDP: `ignored_modules`; DeepSpeed: stage 2), or measure a gathered copy."
             )
-        time, batch, _ = inputs.shape
-        return Sequences(inputs, self._read_state(state, batch), torch.full((batch,), time))
-
-    def read_call(self, *args: Any, **kwargs: Any) -> Sequences:
-        arguments = signature(self.module.forward).bind(*args, **kwargs).arguments
-        inputs, *_ = arguments.values()
-        return self.read(inputs, arguments.get("hx"))
-
-    def _read_packed(self, inputs: PackedSequence, state: Any) -> Sequences:
-        _check_tensor("inputs", inputs.data, self.module.input_size)
-        padded, lengths = nn.utils.rnn.pad_packed_sequence(inputs)
-        return Sequences(padded, self._read_state(state, len(lengths)), lengths)
-
-    def _read_state(self, state: Any, batch: int) -> Tensor:
-        """Return the states of all cells, ``(cells, batch, state)``; zeros where none are given."""
-        cells, weight = len(self.cell_names), self.module.weight_hh_l0
-        if state is None:
-            return weight.new_zeros(cells, batch, self.state_sizes[0])
-        parts = state if self.has_cell_state else (state,)
-        sizes = (self.output_size, self.module.hidden_size)[: len(parts)]
-        wanted = " and ".join(str((cells, batch, size)) for size in sizes)
-        if not isinstance(parts, Sequence) or len(parts) != 1 + self.has_cell_state:
-            raise ValueError(f"`state` must be {'a pair (h, c)' if self.has_cell_state else 'one tensor'} of {wanted}.")
-        for part, size in zip(parts, sizes, strict=True):
-            _check_tensor("state", part)
-            if part.shape != (cells, batch, size):
-                raise ValueError(f"`state` must be of shape {wanted}, but its shape is {tuple(part.shape)}.")
-        return torch.cat(tuple(parts), -1)
-
-    def drive(self, sequences: Sequences) -> Iterator[Driven]:
-        layer_inputs, states, lengths = sequences
-        directions = 2 if self.module.bidirectional else 1
-        layer_inputs = layer_inputs.to(_state_dtype(layer_inputs))
-        for layer in range(self.module.num_layers):
-            outputs = []
-            for cell in range(layer * directions, (layer + 1) * directions):
-                backwards = cell % directions == 1
-                inputs = _reversed_in_time(layer_inputs, lengths) if backwards else layer_inputs
-                state = states[cell].to(inputs.dtype)
-                recurrence = self._recurrence(self.cell_names[cell], inputs.dtype)
-                yield Driven(self.cell_names[cell], recurrence, inputs, state)
-                if layer + 1 < self.module.num_layers:
-                    output = recurrence.output(recurrence.trajectory(inputs, state))
-                    outputs.append(_reversed_in_time(output, lengths) if backwards else output)
-            layer_inputs = torch.cat(outputs, -1) if outputs else layer_inputs
-
-    def _recurrence(self, name: str, dtype: torch.dtype) -> Recurrence:
-        def weight(kind: str) -> Tensor | None:
-            value = getattr(self.module, f"{kind}_{name}", None)
-            return None if value is None else value.detach().to(dtype)
-
-        weights = weight("weight_ih"), weight("weight_hh"), weight("bias_ih"), weight("bias_hh")
-        if self.has_cell_state:
-            return LSTMRecurrence(*weights, weight_hr=weight("weight_hr"))
-        if self.module.mode == "GRU":
-            return GRURecurrence(*weights)
-        return RNNRecurrence(*weights, nonlinearity=self.module.mode.removeprefix("RNN_").lower())
-
-
-class CellLayer(RecurrentLayer):
-    """:class:`torch.nn.RNNCell`, ``GRUCell`` or ``LSTMCell``: ``inputs`` is ``(time, batch, input)``."""
-
-    cell_names = ("",)
-
-    def __init__(self, module: nn.RNNCellBase) -> None:
-        self.module = module
-        self.has_cell_state = isinstance(module, nn.LSTMCell)
-        self.state_sizes = (module.hidden_size * (1 + self.has_cell_state),)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.module.weight_hh.dtype
-
-    def read(self, inputs: Any, state: Any = None) -> Sequences:
-        _check_tensor("inputs", inputs, self.module.input_size)
-        if inputs.ndim != 3:
-            raise ValueError(f"`inputs` must be (time, batch, input), but its shape is {tuple(inputs.shape)}.")
-        time, batch, _ = inputs.shape
-        if state is None:
-            states = self.module.weight_hh.new_zeros(batch, self.state_sizes[0])
-        else:
-            parts = state if self.has_cell_state else (state,)
-            shape = (batch, self.module.hidden_size)
-            if len(parts) != 1 + self.has_cell_state or any(part.shape != shape for part in parts):
-                raise ValueError(
-                    f"`state` must be {'a pair (h, c)' if self.has_cell_state else 'one tensor'} of {shape}."
-                )
-            states = torch.cat(tuple(parts), -1)
-        return Sequences(inputs, states.unsqueeze(0), torch.full((batch,), time))
-
-    def drive(self, sequences: Sequences) -> Iterator[Driven]:
-        inputs = sequences.inputs.to(_state_dtype(sequences.inputs))
-        module = self.module
-        biases = (module.bias_ih, module.bias_hh) if module.bias else (None, None)
-        weights = [
-            None if weight is None else weight.detach().to(inputs.dtype)
-            for weight in (module.weight_ih, module.weight_hh, *biases)
-        ]
-        recurrence: Recurrence
-        if self.has_cell_state:
-            recurrence = LSTMRecurrence(*weights)
-        elif isinstance(module, nn.GRUCell):
-            recurrence = GRURecurrence(*weights)
-        else:
-            recurrence = RNNRecurrence(*weights, nonlinearity=module.nonlinearity)
-        yield Driven("", recurrence, inputs, sequences.states[0].to(inputs.dtype))
-
-
-class CallableLayer(RecurrentLayer):
-    """A plain callable ``step(state, input) -> state``."""
-
-    cell_names = ("",)
-    dtype = None
-
-    def __init__(self, step: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self._step = step
-
-    def read(self, inputs: Any, state: Any = None) -> Sequences:
-        if state is None:
-            raise ValueError("`state` is required for a callable: pass the first state, (batch, state).")
-        _check_tensor("inputs", inputs)
-        _check_tensor("state", state)
-        if inputs.ndim != 3 or state.ndim != 2 or inputs.shape[1] != state.shape[0]:
-            raise ValueError(
-                "`inputs` must be (time, batch, input) and `state` (batch, state) for a callable, but their shapes are "
-                f"{tuple(inputs.shape)} and {tuple(state.shape)}. A map without input takes "
-                f"`inputs=torch.zeros(time, {state.shape[0]}, 0)`."
-            )
-        self.state_sizes = (state.shape[1],)
-        return Sequences(inputs, state.unsqueeze(0), torch.full((inputs.shape[1],), inputs.shape[0]))
-
-    def drive(self, sequences: Sequences) -> Iterator[Driven]:
-        state = sequences.states[0]
-        returned = self._step(state, sequences.inputs[0])
-        if not isinstance(returned, Tensor) or returned.shape != state.shape:
-            what = tuple(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
-            raise ValueError(f"`dynamics` must return a state of shape {tuple(state.shape)}, but it returned {what}.")
-        yield Driven("", CallableRecurrence(self._step, state.shape[1]), sequences.inputs, state)
-
-
-def _state_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype to follow a trajectory in: float64, or float32 on a device that has no other.
-
-    It costs little beside the tangent dynamics, and a rounding error made here would grow by exp(lambda_1 t).
-    """
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
-
-
-def _map_state(state: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(state, Tensor):
-        return function(state)
-    return None if state is None else tuple(function(part) for part in state)
-
-
-def _reversed_in_time(values: Tensor, lengths: Tensor) -> Tensor:
-    """Return ``values``, ``(time, batch, ...)``, with the steps of each sequence in reverse order."""
-    steps = torch.arange(len(values)).unsqueeze(-1)
-    backwards = torch.where(steps < lengths, lengths - 1 - steps, steps).to(values.device)
-    return values.gather(0, backwards.unsqueeze(-1).expand_as(values))
-
-
-def _check_tensor(name: str, value: Any, size: int | None = None) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"`{name}` must be a tensor, not {type(value).__name__}.")
-    if not value.is_floating_point():
-        raise TypeError(f"`{name}` must be of a floating point dtype, not {value.dtype}. Write `{name}.float()`.")
-    if size is not None and value.shape[-1] != size:
-        raise ValueError(
-            f"`{name}` must have {size} features in its last dimension, but its shape is {tuple(value.shape)}."
-        )

@@ -153,10 +153,10 @@ class LyapunovStandardError(_SpectrumMetric):
     Example::
 
         >>> from torch import tensor
-        >>> metric = LyapunovStandardError(num_exponents=1)
-        >>> metric.update(tensor([[0.1], [0.3]]))
+        >>> metric = LyapunovStandardError(num_exponents=2)
+        >>> metric.update(tensor([[0.1, -1.0], [0.3, -1.0]]))
         >>> metric.compute()
-        tensor([0.1000], dtype=torch.float64)
+        tensor([0.1000, 0.0000], dtype=torch.float64)
     """
 
     def compute(self) -> Tensor:

@@ -7,13 +7,12 @@ work on every device, under parametrisations and pruning, and where a fused kern
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["CallableRecurrence", "GRURecurrence", "LSTMRecurrence", "RNNRecurrence", "Recurrence"]
+__all__ = ["AutodiffRecurrence", "GRURecurrence", "LSTMRecurrence", "RNNRecurrence", "Recurrence"]
 
 # Jacobians are formed a few steps at a time: enough to fill a vector unit, few enough to stay in the cache.
 _MAX_JACOBIAN_ELEMENTS = 2**21
@@ -57,12 +56,18 @@ class Recurrence(ABC):
         return states
 
 
-class CallableRecurrence(Recurrence):
-    """A plain callable ``step(state, input) -> state``, differentiated by :mod:`torch.func`."""
+class AutodiffRecurrence(Recurrence):
+    """A function ``step(state, input) -> state`` without a closed form, differentiated by PyTorch.
+
+    Tangents are pushed forward by ``vmap(jvp)``, one product for each vector of the frame and the batch as it is. Where
+    a part of the step has no forward derivative, its Jacobians come from ``vmap(jacrev)``, and where it has no batching
+    rule either, from one backward pass for each component of the state. The first that works is kept.
+    """
 
     def __init__(self, step: Callable[[Tensor, Tensor], Tensor], state_size: int) -> None:
         self._step = step
         self.state_size = state_size
+        self._push: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     def step(self, state: Tensor, inputs: Tensor) -> Tensor:
         return self._step(state, inputs)
@@ -70,22 +75,58 @@ class CallableRecurrence(Recurrence):
     def push_forward(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
         frame = frame.to(states.dtype)
         for state, step_inputs in zip(states, inputs, strict=True):
+            if self._push is None:
+                self._push = self._first_that_works(state, step_inputs, frame)
             frame = self._push(state, step_inputs, frame)
         return frame
 
-    def _push(self, state: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
+    def _first_that_works(self, *arguments: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        ways = (self._push_by_forward_mode, self._push_by_reverse_mode, self._push_by_backward_passes)
+        for way in ways[:-1]:
+            try:
+                way(*arguments)
+                return way
+            except (RuntimeError, NotImplementedError, ValueError):
+                continue
+        return ways[-1]
+
+    def _push_by_forward_mode(self, state: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
         def derivative_along(tangent: Tensor) -> Tensor:
             return torch.func.jvp(lambda s: self._step(s, inputs), (state,), (tangent,))[1]
 
         return torch.func.vmap(derivative_along, in_dims=-1, out_dims=-1)(frame)
+
+    def _push_by_reverse_mode(self, state: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
+        def one(s: Tensor, x: Tensor) -> Tensor:
+            return self._step(s.unsqueeze(0), x.unsqueeze(0)).squeeze(0)
+
+        return torch.func.vmap(torch.func.jacrev(one))(state, inputs) @ frame
+
+    def _push_by_backward_passes(self, state: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            # Copies, because tensors made in inference mode cannot be saved for a backward pass.
+            before = state.clone().requires_grad_()
+            after = self._step(before, inputs.clone())
+            # The members of the batch are independent: the gradient of a sum over them holds a row for each.
+            rows = [
+                torch.autograd.grad(component.sum(), before, retain_graph=True, materialize_grads=True)[0]
+                for component in after.unbind(-1)
+            ]
+        return torch.stack(rows, -2) @ frame
 
 
 class _ClosedForm(Recurrence):
     """A cell of PyTorch, written out: what its subclasses give is one step and the factors of its Jacobian."""
 
     def __init__(
-        self, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None = None, bias_hh: Tensor | None = None
+        self,
+        weight_ih: Tensor | None,
+        weight_hh: Tensor | None,
+        bias_ih: Tensor | None = None,
+        bias_hh: Tensor | None = None,
     ) -> None:
+        assert weight_ih is not None
+        assert weight_hh is not None
         self.weight_ih, self.weight_hh = weight_ih, weight_hh
         self.bias_ih, self.bias_hh = bias_ih, bias_hh
         self.state_size = weight_hh.shape[1]
@@ -149,7 +190,7 @@ class RNNRecurrence(_ClosedForm):
     r"""Elman's cell: ``h' = phi(W_ih x + b_ih + W_hh h + b_hh)``, with ``J = diag(phi') W_hh``."""
 
     def __init__(self, *weights: Tensor | None, nonlinearity: str = "tanh") -> None:
-        super().__init__(*cast(tuple[Tensor, Tensor], weights))
+        super().__init__(*weights)
         self._phi, self._slope = {
             "tanh": (torch.tanh, _tanh_slope),
             "relu": (torch.relu, lambda x: (x > 0).to(x.dtype)),
@@ -207,7 +248,7 @@ class LSTMRecurrence(_ClosedForm):
     """
 
     def __init__(self, *weights: Tensor | None, weight_hr: Tensor | None = None) -> None:
-        super().__init__(*cast(tuple[Tensor, Tensor], weights))
+        super().__init__(*weights)
         self.weight_hr = weight_hr
         self.output_size = self.weight_hh.shape[1]
         self.state_size = self.output_size + self.weight_hh.shape[0] // 4

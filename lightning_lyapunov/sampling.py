@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.hooks import RemovableHandle
 
-from lightning_lyapunov.layers import RecurrentLayer, Sequences
+from lightning_lyapunov.sequences import Call, RecurrentLayer, Sequences
 
 __all__ = ["Recorder", "join"]
 
@@ -16,10 +17,11 @@ class Recorder:
     """Records what layers are called with between :meth:`start` and :meth:`stop`.
 
     A hook on the layer sees what the user's ``forward`` passes on, after embeddings and encoders, without calling
-    anything of theirs. It copies a few members of the batch and leaves no trace.
+    anything of theirs. It copies a few members of the batch and leaves no trace. A call whose initial state is the
+    final state of another goes on with its sequences: so do cells in a loop, decoders and truncated backpropagation.
 
     Args:
-        layers: the layers and the modules they stand for, by name.
+        layers: the modules to record, and the layers that they are, by name.
         num_sequences: how many sequences to keep of a step, spread evenly over what the layer was called with.
         max_steps: how many steps to keep of each, from its start.
     """
@@ -30,20 +32,20 @@ class Recorder:
         self._layers = layers
         self._num_sequences, self._max_steps = num_sequences, max_steps
         self._handles: list[RemovableHandle] = []
-        self._calls: dict[str, list[Sequences]] = {}
+        self._chains: dict[str, list[_Chain]] = {}
         self.errors: dict[str, Exception] = {}
-
-    def start(self) -> None:
-        """Forget what was recorded and record from now on."""
-        self.stop()
-        self._calls, self.errors = {name: [] for name in self._layers}, {}
-        for name, (module, layer) in self._layers.items():
-            self._handles.append(module.register_forward_pre_hook(self._hook(name, layer), with_kwargs=True))
 
     @property
     def recording(self) -> bool:
         """Whether its hooks are on the layers."""
         return bool(self._handles)
+
+    def start(self) -> None:
+        """Forget what was recorded and record from now on."""
+        self.stop()
+        self._chains, self.errors = {name: [] for name in self._layers}, {}
+        for name, (module, layer) in self._layers.items():
+            self._handles.append(module.register_forward_hook(self._hook(name, layer), with_kwargs=True))
 
     def stop(self) -> None:
         """Record no more; remove every hook."""
@@ -52,39 +54,92 @@ class Recorder:
 
     def sequences(self) -> dict[str, Sequences]:
         """Return what each layer was called with; a layer that was not called is not in it."""
-        return {name: self._few(join(calls)) for name, calls in self._calls.items() if calls}
+        recorded = {name: [chain.sequences() for chain in chains] for name, chains in self._chains.items()}
+        return {
+            name: _select(join(batches), self._num_sequences)
+            for name, batches in recorded.items()
+            if any(batch.lengths.sum() for batch in batches)
+        }
 
     def _hook(self, name: str, layer: RecurrentLayer) -> Any:
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             try:
                 with torch.no_grad():
-                    sequences = layer.read_call(*args, **kwargs)
-                    if sequences.inputs.numel():
-                        self._calls[name].append(self._few(sequences))
+                    self._record(self._chains[name], layer.read_call(args, kwargs, output))
             except Exception as error:  # the user's forward goes on; the callback says what happened
                 self.errors[name] = error
 
         return record
 
-    def _few(self, sequences: Sequences) -> Sequences:
-        """Return a copy of some members of a batch, spread evenly over it, up to the longest stretch used."""
-        inputs, states, lengths = sequences
-        batch = inputs.shape[1]
-        count = min(self._num_sequences, batch)
-        members = [i * batch // count for i in range(count)]
-        lengths = lengths[members].clamp(max=self._max_steps)
-        return Sequences(inputs[: int(lengths.max()), members], states[:, members], lengths)
+    def _record(self, chains: "list[_Chain]", call: Call) -> None:
+        sequences, final = call
+        batch = sequences.inputs.shape[1]
+        if batch == 0:
+            return
+        sequences = _select(sequences, self._num_sequences)
+        if final is not None:
+            final = final[:, _spread(batch, self._num_sequences)]
+        chain = next((chain for chain in reversed(chains) if chain.goes_on_with(sequences)), None)
+        if chain is not None:
+            chain.extend(sequences, final, self._max_steps)
+        # Calls without end that never go on from one another would fill the memory; what came first is enough.
+        elif len(chains) < 2 * self._num_sequences:
+            chains.append(_Chain(sequences, final, self._max_steps))
 
 
-def join(calls: list[Sequences]) -> Sequences:
-    """Return the sequences of several calls as one batch, the shorter ones padded."""
-    longest = max(len(call.inputs) for call in calls)
+class _Chain:
+    """Calls that go on from one another: a sequence for each member of the batch."""
+
+    def __init__(self, sequences: Sequences, final: Tensor | None, max_steps: int) -> None:
+        self._states = sequences.states
+        self._pieces: list[tuple[Tensor, Tensor]] = []
+        self._steps = 0
+        self.extend(sequences, final, max_steps)
+
+    def goes_on_with(self, sequences: Sequences) -> bool:
+        """Return whether these start in the states that the chain ended in."""
+        return self._final is not None and torch.equal(self._final, sequences.states.to(self._final))
+
+    def extend(self, sequences: Sequences, final: Tensor | None, max_steps: int) -> None:
+        room = max_steps - self._steps
+        if room > 0:
+            inputs, lengths = sequences.inputs[:room], sequences.lengths.clamp(max=room)
+            self._pieces.append((inputs.clone(), lengths))
+            self._steps += len(inputs)
+        self._final = final
+
+    def sequences(self) -> Sequences:
+        lengths = torch.stack([lengths for _, lengths in self._pieces]).sum(0)
+        if all((piece_lengths == len(inputs)).all() for inputs, piece_lengths in self._pieces):
+            return Sequences(torch.cat([inputs for inputs, _ in self._pieces]), self._states, lengths)
+        members = [
+            torch.cat([inputs[: piece_lengths[member], member] for inputs, piece_lengths in self._pieces])
+            for member in range(len(lengths))
+        ]
+        return Sequences(pad_sequence(members), self._states, lengths)
+
+
+def join(batches: list[Sequences]) -> Sequences:
+    """Return the sequences of several batches as one, the shorter ones padded."""
+    longest = max(len(batch.inputs) for batch in batches)
 
     def padded(inputs: Tensor) -> Tensor:
         return torch.cat((inputs, inputs.new_zeros(longest - len(inputs), *inputs.shape[1:])))
 
     return Sequences(
-        torch.cat([padded(call.inputs) for call in calls], 1),
-        torch.cat([call.states for call in calls], 1),
-        torch.cat([call.lengths for call in calls]),
+        torch.cat([padded(batch.inputs) for batch in batches], 1),
+        torch.cat([batch.states for batch in batches], 1),
+        torch.cat([batch.lengths for batch in batches]),
     )
+
+
+def _select(sequences: Sequences, count: int) -> Sequences:
+    """Return a copy of at most ``count`` members of a batch."""
+    members = _spread(len(sequences.lengths), count)
+    return Sequences(sequences.inputs[:, members], sequences.states[:, members], sequences.lengths[members])
+
+
+def _spread(batch: int, count: int) -> list[int]:
+    """Return up to ``count`` indices spread evenly over ``batch``."""
+    count = min(batch, count)
+    return [member * batch // count for member in range(count)]

@@ -1,0 +1,258 @@
+"""Recurrent layers that PyTorch does not know: any module, or plain callable, that maps a state to the next."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_lyapunov.recurrence import AutodiffRecurrence
+from lightning_lyapunov.sequences import Call, Driven, RecurrentLayer, Sequences, check_tensor, trajectory_dtype
+
+__all__ = ["CallableLayer", "CustomLayer", "Step"]
+
+Step = Callable[[nn.Module, Any, Any], Any]
+"""``step(module, input, state)``, which returns the next state, or a pair of an output and it."""
+
+
+class CallableLayer(RecurrentLayer):
+    """A plain callable ``step(state, input) -> state`` on tensors ``(batch, state)`` and ``(batch, input)``."""
+
+    cell_names = ("",)
+    dtype = None
+
+    def __init__(self, step: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._step = step
+        self._size = 0
+
+    @property
+    def state_sizes(self) -> tuple[int, ...]:
+        return (self._size,)
+
+    def read(self, inputs: Any, state: Any = None) -> Sequences:
+        if state is None:
+            raise ValueError("`state` is required for a callable: pass the first state, (batch, state).")
+        check_tensor("inputs", inputs)
+        check_tensor("state", state)
+        if inputs.ndim != 3 or state.ndim != 2 or inputs.shape[1] != state.shape[0]:
+            raise ValueError(
+                "`inputs` must be (time, batch, input) and `state` (batch, state) for a callable, but their shapes are "
+                f"{tuple(inputs.shape)} and {tuple(state.shape)}. A map without input takes "
+                f"`inputs=torch.zeros(time, {state.shape[0] if state.ndim else 1}, 0)`."
+            )
+        self._size = state.shape[1]
+        return Sequences(inputs, state.unsqueeze(0), torch.full((inputs.shape[1],), inputs.shape[0]))
+
+    def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
+        raise NotImplementedError("A plain callable is not a module of a model.")
+
+    def drive(self, sequences: Sequences) -> Iterator[Driven]:
+        state = sequences.states[0]
+        try:
+            returned = self._step(state, sequences.inputs[0])
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(
+                f"`dynamics` fails on a state {tuple(state.shape)} and an input "
+                f"{tuple(sequences.inputs[0].shape)} of {state.dtype}: {error}"
+            ) from error
+        if not isinstance(returned, Tensor) or returned.shape != state.shape:
+            what = tuple(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
+            raise ValueError(f"`dynamics` must return a state of shape {tuple(state.shape)}, but it returned {what}.")
+        yield Driven("", AutodiffRecurrence(self._step, state.shape[1]), sequences.inputs, state)
+
+
+class CustomLayer(RecurrentLayer):
+    """A module that maps an input and a state, any pytree of tensors, to the next state.
+
+    Args:
+        module: the module.
+        step: one step of it; by default the module is called as ``(input, state)``.
+        read_call: from the arguments of the module's ``forward``, the inputs ``(time, batch, ...)`` of that call and
+            the state before them; by default a call is one step.
+    """
+
+    cell_names = ("",)
+
+    def __init__(
+        self,
+        module: nn.Module,
+        step: Step | None = None,
+        read_call: Callable[..., tuple[Tensor, Any]] | None = None,
+    ) -> None:
+        self.module = module
+        self._step, self._read_call = step or _call, read_call
+        self._layout: _StateLayout | None = None
+
+    @property
+    def state_sizes(self) -> tuple[int, ...]:
+        if self._layout is None:
+            raise RuntimeError(f"The size of the state of {type(self.module).__name__} is not known before a call.")
+        return (self._layout.size,)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        dtypes = [parameter.dtype.to_real() for parameter in self.module.parameters()]
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), None)
+
+    def read(self, inputs: Any, state: Any = None) -> Sequences:
+        if self._read_call is not None:
+            inputs, state = self._read_call(self.module, inputs, *([] if state is None else [state]))
+        if state is None:
+            raise ValueError(
+                f"`state` is required for {type(self.module).__name__}: pass the state before the first step."
+            )
+        return self._sequences(inputs, state)
+
+    def _sequences(self, inputs: Any, state: Any) -> Sequences:
+        if not isinstance(inputs, Tensor) or inputs.ndim < 2:
+            raise ValueError(f"`inputs` must be a tensor (time, batch, ...) for {type(self.module).__name__}.")
+        layout = _StateLayout(state)
+        if self._layout is None:
+            self._layout = layout
+        if layout != self._layout:
+            raise ValueError(
+                f"The state of {type(self.module).__name__} changes its size or structure: {layout} after "
+                f"{self._layout}. Its Lyapunov spectrum is not defined."
+            )
+        states = layout.flatten(state)
+        if states.shape[0] != inputs.shape[1]:
+            raise ValueError(
+                f"The state of {type(self.module).__name__} must have the batch, {inputs.shape[1]}, as the first "
+                f"dimension of each tensor, but has {states.shape[0]}. Write a `step` that moves it: `register_layer`."
+            )
+        return Sequences(inputs, states.unsqueeze(0), torch.full((inputs.shape[1],), inputs.shape[0]))
+
+    def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
+        if self._read_call is not None:
+            return Call(self._sequences(*self._read_call(self.module, *args, **kwargs)), None)
+        inputs, state = self._input_and_state(args, kwargs)
+        final = output if state is None else _StateLayout(state).find(output)
+        if state is None:
+            # The cell makes its own first state: the sequence starts after it.
+            final = output[-1] if isinstance(output, tuple) and len(output) == 2 else output
+            sequences = self._sequences(inputs.new_zeros(0, *inputs.shape), final)
+        else:
+            sequences = self._sequences(inputs.unsqueeze(0), state)
+        return Call(sequences, _StateLayout(final).flatten(final).unsqueeze(0))
+
+    def _input_and_state(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
+        values = [*args, *kwargs.values()]
+        if not 1 <= len(values) <= 2 or not isinstance(values[0], Tensor):
+            raise TypeError(
+                f"{type(self.module).__name__} is not called as (input, state). Register it: "
+                "`register_layer(cls, step=..., read_call=...)`."
+            )
+        return values[0], values[1] if len(values) == 2 else None
+
+    def drive(self, sequences: Sequences) -> Iterator[Driven]:
+        assert self._layout is not None
+        errors = []
+        for dtype in dict.fromkeys((trajectory_dtype(sequences.inputs.device), self.dtype)):
+            step = self._plain_step(dtype or torch.float64)
+            inputs, state = sequences.inputs, sequences.states[0]
+            if dtype is not None:
+                inputs, state = inputs.to(dtype) if inputs.is_floating_point() else inputs, state.to(dtype)
+            try:
+                after = step(state, inputs[0])
+            except Exception as error:
+                # Tensors that are no parameters or buffers keep their dtype: then the module's own is the one to use.
+                errors.append(error)
+                continue
+            if after.shape != state.shape:
+                raise ValueError(f"The state of {type(self.module).__name__} changes its size: {tuple(after.shape)}.")
+            yield Driven("", AutodiffRecurrence(step, state.shape[1]), inputs, state)
+            return
+        raise errors[-1]
+
+    def _plain_step(self, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the step as a function of flat real states, with weights that are a copy."""
+        module, layout = _still_copy(self.module, dtype), self._layout
+        assert layout is not None
+
+        def step(state: Tensor, inputs: Tensor) -> Tensor:
+            before = layout.unflatten(state)
+            return layout.flatten(layout.find(self._step(module, inputs, before)))
+
+        return step
+
+
+def _call(module: nn.Module, inputs: Any, state: Any) -> Any:
+    return module(inputs, state)
+
+
+def _still_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a copy in evaluation mode, without hooks or gradients: calling it leaves the original untouched."""
+    # Tensors that hang on a graph refuse to be copied.
+    memo: dict[int, Any] = {
+        id(value): value.detach()
+        for part in module.modules()
+        for value in part.__dict__.values()
+        if isinstance(value, Tensor) and value.grad_fn is not None
+    }
+    still = copy.deepcopy(module, memo).eval().requires_grad_(False)
+    for part in still.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
+            hooks.clear()
+    return still._apply(lambda tensor: _cast(tensor, dtype))
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in the real dtype, or the complex one of the same precision; integers as they are."""
+    if tensor.is_complex():
+        return tensor.to(dtype.to_complex())
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+class _StateLayout:
+    """How a pytree of tensors ``(batch, ...)``, real or complex, lies in a flat real vector ``(batch, size)``."""
+
+    def __init__(self, state: Any) -> None:
+        leaves, self.structure = pytree.tree_flatten(state)
+        if not leaves or not all(isinstance(leaf, Tensor) and leaf.ndim for leaf in leaves):
+            raise TypeError(f"A state must hold tensors (batch, ...) and nothing else, not {state!r:.100}.")
+        if not all(leaf.is_floating_point() or leaf.is_complex() for leaf in leaves):
+            raise TypeError(f"A state must be real or complex, not {[str(leaf.dtype) for leaf in leaves]}.")
+        self.shapes = [(tuple(leaf.shape[1:]), leaf.is_complex()) for leaf in leaves]
+        self.sizes = [leaf[:1].numel() // max(1, len(leaf[:1])) * (1 + leaf.is_complex()) for leaf in leaves]
+        self.size = sum(self.sizes)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _StateLayout) and (self.structure, self.shapes) == (other.structure, other.shapes)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.shapes))
+
+    def __repr__(self) -> str:
+        return ", ".join(
+            f"{'complex ' * complex_}(batch, {', '.join(map(str, shape))})" for shape, complex_ in self.shapes
+        )
+
+    def flatten(self, state: Any) -> Tensor:
+        leaves = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in pytree.tree_leaves(state)]
+        return torch.cat([leaf.flatten(1) if leaf.ndim > 1 else leaf.unsqueeze(1) for leaf in leaves], 1)
+
+    def unflatten(self, flat: Tensor) -> Any:
+        leaves = []
+        for part, (shape, is_complex) in zip(flat.split(self.sizes, 1), self.shapes, strict=True):
+            if is_complex:
+                leaves.append(torch.view_as_complex(part.reshape(len(flat), *shape, 2)))
+            else:
+                leaves.append(part.reshape(len(flat), *shape))
+        return pytree.tree_unflatten(leaves, self.structure)
+
+    def find(self, returned: Any) -> Any:
+        """Return the state in what a step returned: all of it, or the second of two.
+
+        Raises:
+            ValueError: if neither is laid out like the state before.
+        """
+        candidates = [returned, *(returned[1:] if isinstance(returned, tuple) and len(returned) == 2 else ())]
+        for candidate in candidates:
+            if pytree.tree_structure(candidate) == self.structure and _StateLayout(candidate) == self:
+                return candidate
+        raise ValueError(
+            f"A step must return the next state, or a pair (output, state), with a state like the one before: {self}. "
+            f"It returned {pytree.tree_map(lambda leaf: tuple(getattr(leaf, 'shape', ())), returned)!r:.200}."
+        )

@@ -1,0 +1,94 @@
+"""What a recurrent layer is: its calls are sequences, and each of its cells is a recurrence that they drive."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_lyapunov.recurrence import Recurrence
+
+__all__ = ["Call", "Driven", "RecurrentLayer", "Sequences", "check_tensor", "trajectory_dtype"]
+
+
+class Sequences(NamedTuple):
+    """Sequences that a layer was called with.
+
+    Attributes:
+        inputs: ``(time, batch, ...)``; what follows the end of a sequence is never read.
+        states: the state of each cell before the first step, ``(cells, batch, state)``.
+        lengths: steps of each sequence, ``(batch,)``, on the CPU.
+    """
+
+    inputs: Tensor
+    states: Tensor
+    lengths: Tensor
+
+
+class Call(NamedTuple):
+    """One call of a layer, and the states that it ended in, as in :class:`Sequences`; None where they are not known."""
+
+    sequences: Sequences
+    final_states: Tensor | None
+
+
+class Driven(NamedTuple):
+    """One cell of a layer, with the inputs ``(time, batch, ...)`` and the state ``(batch, state)`` it starts from."""
+
+    name: str
+    recurrence: Recurrence
+    inputs: Tensor
+    state: Tensor
+
+
+class RecurrentLayer(ABC):
+    """A layer whose calls are sequences and whose cells are recurrences.
+
+    Attributes:
+        cell_names: PyTorch's own suffixes: ``l0``, ``l0_reverse``, ``l1`` ...; one empty name for a single cell.
+    """
+
+    cell_names: tuple[str, ...]
+
+    @property
+    @abstractmethod
+    def state_sizes(self) -> tuple[int, ...]:
+        """The number of real directions of the state of each cell; known, for a custom layer, from its first call."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the weights; None where there are none to know of."""
+
+    @abstractmethod
+    def read(self, inputs: Any, state: Any = None) -> Sequences:
+        """Return as sequences what :func:`~lightning_lyapunov.lyapunov_spectrum` is called with."""
+
+    @abstractmethod
+    def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
+        """Return one call of the module's ``forward``."""
+
+    @abstractmethod
+    def drive(self, sequences: Sequences) -> Iterator[Driven]:
+        """Yield each cell with what drives it."""
+
+
+def trajectory_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype to follow trajectories in: float64, or float32 on a device that has no other.
+
+    It costs little beside the tangent dynamics, and a rounding error made here would grow by exp(lambda_1 t).
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def check_tensor(name: str, value: Any, size: int | None = None) -> None:
+    """Raise an error that names the argument unless ``value`` is a real tensor whose last dimension is ``size``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a tensor, not {type(value).__name__}.")
+    if not value.is_floating_point():
+        raise TypeError(f"`{name}` must be of a floating point dtype, not {value.dtype}. Write `{name}.float()`.")
+    if size is not None and (value.ndim == 0 or value.shape[-1] != size):
+        raise ValueError(
+            f"`{name}` must have {size} features in its last dimension, but its shape is {tuple(value.shape)}."
+        )

@@ -1,0 +1,193 @@
+"""The recurrent layers and cells of :mod:`torch.nn`, in closed form."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from lightning_lyapunov.recurrence import GRURecurrence, LSTMRecurrence, Recurrence, RNNRecurrence
+from lightning_lyapunov.sequences import Call, Driven, RecurrentLayer, Sequences, check_tensor, trajectory_dtype
+
+__all__ = ["CellLayer", "StackedLayer"]
+
+
+class StackedLayer(RecurrentLayer):
+    """:class:`torch.nn.RNN`, ``GRU`` or ``LSTM``: one cell for each layer and direction."""
+
+    def __init__(self, module: nn.RNNBase) -> None:
+        self.module = module
+        self.directions = ("", "_reverse") if module.bidirectional else ("",)
+        self.cell_names = tuple(f"l{i}{direction}" for i in range(module.num_layers) for direction in self.directions)
+        # The tensors of a state: h, or (h, c).
+        self.part_sizes = (module.proj_size or module.hidden_size, module.hidden_size)[: 1 + (module.mode == "LSTM")]
+
+    @property
+    def state_sizes(self) -> tuple[int, ...]:
+        return (sum(self.part_sizes),) * len(self.cell_names)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    def read(self, inputs: Any, state: Any = None, lengths: Tensor | None = None) -> Sequences:
+        if isinstance(inputs, PackedSequence):
+            check_tensor("inputs", inputs.data, self.module.input_size)
+            inputs, lengths = pad_packed_sequence(inputs)
+        else:
+            check_tensor("inputs", inputs, self.module.input_size)
+            if inputs.ndim == 2:
+                inputs, state = inputs.unsqueeze(1), _map_state(state, lambda part: part.unsqueeze(1))
+            elif inputs.ndim == 3:
+                inputs = inputs.transpose(0, 1) if self.module.batch_first else inputs
+            else:
+                raise ValueError(
+                    "`inputs` must be (time, batch, input), (batch, time, input) with `batch_first`, or (time, input), "
+                    f"but its shape is {tuple(inputs.shape)}."
+                )
+        time, batch, _ = inputs.shape
+        lengths = torch.full((batch,), time) if lengths is None else lengths.detach().cpu().long()
+        return Sequences(inputs, self._read_state(state, batch, inputs.device), lengths)
+
+    def _read_state(self, state: Any, batch: int, device: torch.device) -> Tensor:
+        """Return the states of all cells, ``(cells, batch, state)``; zeros where none are given."""
+        cells = len(self.cell_names)
+        if state is None:
+            return torch.zeros(cells, batch, self.state_sizes[0], dtype=self.dtype, device=device)
+        return _joined_state(state, [(cells, batch, size) for size in self.part_sizes])
+
+    def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
+        # Subclasses may take more: of theirs, `lengths` says how much of a padded batch is data.
+        arguments = signature(self.module.forward).bind(*args, **kwargs).arguments
+        inputs, *_ = arguments.values()
+        sequences = self.read(inputs, arguments.get("hx"), arguments.get("lengths"))
+        final = output[1]
+        if isinstance(inputs, Tensor) and inputs.ndim == 2:
+            final = _map_state(final, lambda part: part.unsqueeze(1))
+        return Call(sequences, self._read_state(final, sequences.inputs.shape[1], sequences.inputs.device))
+
+    def drive(self, sequences: Sequences) -> Iterator[Driven]:
+        inputs = sequences.inputs.to(trajectory_dtype(sequences.inputs.device))
+        states = iter(sequences.states.to(inputs))
+        module = _readable(self.module)
+        for layer in range(module.num_layers):
+            outputs = []
+            for direction in self.directions:
+                name = f"l{layer}{direction}"
+                recurrence, state = self._recurrence(module, name, inputs), next(states)
+                driving = _reversed_in_time(inputs, sequences.lengths) if direction else inputs
+                yield Driven(name, recurrence, driving, state)
+                if layer + 1 < module.num_layers:
+                    output = recurrence.output(recurrence.trajectory(driving, state))
+                    outputs.append(_reversed_in_time(output, sequences.lengths) if direction else output)
+            inputs = torch.cat(outputs, -1) if outputs else inputs
+
+    def _recurrence(self, module: nn.RNNBase, name: str, like: Tensor) -> Recurrence:
+        return _closed_form(module, module.mode, f"_{name}", like)
+
+
+class CellLayer(RecurrentLayer):
+    """:class:`torch.nn.RNNCell`, ``GRUCell`` or ``LSTMCell``, called once for each step.
+
+    For the plain functions ``inputs`` is ``(time, batch, input)``.
+    """
+
+    cell_names = ("",)
+
+    def __init__(self, module: nn.RNNCellBase) -> None:
+        self.module = module
+        self.num_parts = 1 + isinstance(module, nn.LSTMCell)
+
+    @property
+    def state_sizes(self) -> tuple[int, ...]:
+        return (self.module.hidden_size * self.num_parts,)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    def read(self, inputs: Any, state: Any = None) -> Sequences:
+        check_tensor("inputs", inputs, self.module.input_size)
+        if inputs.ndim != 3:
+            raise ValueError(f"`inputs` must be (time, batch, input), but its shape is {tuple(inputs.shape)}.")
+        time, batch, _ = inputs.shape
+        if state is None:
+            state = torch.zeros(batch, self.state_sizes[0], dtype=self.dtype, device=inputs.device)
+        else:
+            state = _joined_state(state, [(batch, self.module.hidden_size)] * self.num_parts)
+        return Sequences(inputs, state.unsqueeze(0), torch.full((batch,), time))
+
+    def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
+        arguments = signature(self.module.forward).bind(*args, **kwargs).arguments
+        inputs, state = arguments["input"], arguments.get("hx")
+        if inputs.ndim == 1:
+            inputs = inputs.unsqueeze(0)
+            state, output = (_map_state(value, lambda part: part.unsqueeze(0)) for value in (state, output))
+        empty, step = inputs.new_zeros(0, *inputs.shape), inputs.unsqueeze(0)
+        return Call(self.read(step, state), self.read(empty, output).states)
+
+    def drive(self, sequences: Sequences) -> Iterator[Driven]:
+        inputs = sequences.inputs.to(trajectory_dtype(sequences.inputs.device))
+        module = _readable(self.module)
+        kind = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}
+        mode = next((mode for cell, mode in kind.items() if isinstance(module, cell)), None)
+        recurrence = _closed_form(module, mode or f"RNN_{module.nonlinearity}", "", inputs)
+        yield Driven("", recurrence, inputs, sequences.states[0].to(inputs))
+
+
+def _closed_form(module: nn.Module, mode: str, suffix: str, like: Tensor) -> Recurrence:
+    """Return the recurrence of the weights of ``module`` that end in ``suffix``, in the dtype of ``like``."""
+
+    def weight(kind: str) -> Tensor | None:
+        value = getattr(module, kind + suffix, None)
+        if value is None:
+            return None
+        # A pruned weight is refreshed at the next forward; until then its two factors are what is true.
+        if (mask := getattr(module, f"{kind}{suffix}_mask", None)) is not None:
+            value = getattr(module, f"{kind}{suffix}_orig") * mask
+        return value.detach().to(like)
+
+    weights = weight("weight_ih"), weight("weight_hh"), weight("bias_ih"), weight("bias_hh")
+    if mode == "LSTM":
+        return LSTMRecurrence(*weights, weight_hr=weight("weight_hr"))
+    if mode == "GRU":
+        return GRURecurrence(*weights)
+    return RNNRecurrence(*weights, nonlinearity=mode.removeprefix("RNN_").lower())
+
+
+def _readable(module: Any) -> Any:
+    """Return a module whose weights can be read without a trace.
+
+    A parametrisation may change its buffers when it is read in training: the spectral norm does.
+    """
+    return copy.deepcopy(module).eval() if parametrize.is_parametrized(module) else module
+
+
+def _joined_state(state: Any, shapes: Sequence[tuple[int, ...]]) -> Tensor:
+    """Return the tensors of a state side by side, ``(..., state)``, after a check of their shapes."""
+    wanted = f"a tensor of shape {shapes[0]}" if len(shapes) == 1 else f"a pair of shapes {shapes[0]} and {shapes[1]}"
+    parts = [state] if len(shapes) == 1 else state
+    if isinstance(parts, Tensor) or not isinstance(parts, Sequence) or len(parts) != len(shapes):
+        raise ValueError(f"`state` must be {wanted}, not a {type(state).__name__}.")
+    for part, shape in zip(parts, shapes, strict=True):
+        check_tensor("state", part)
+        if tuple(part.shape) != shape:
+            raise ValueError(f"`state` must be {wanted}, but a tensor of shape {tuple(part.shape)} came.")
+    return torch.cat(tuple(parts), -1)
+
+
+def _map_state(state: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(state, Tensor):
+        return function(state)
+    return None if state is None else tuple(function(part) for part in state)
+
+
+def _reversed_in_time(values: Tensor, lengths: Tensor) -> Tensor:
+    """Return ``values``, ``(time, batch, ...)``, with the steps of each sequence in reverse order."""
+    steps = torch.arange(len(values)).unsqueeze(-1)
+    backwards = torch.where(steps < lengths, lengths - 1 - steps, steps).to(values.device)
+    return values.gather(0, backwards.unsqueeze(-1).expand_as(values))
