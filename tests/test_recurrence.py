@@ -1,0 +1,271 @@
+"""Each cell is torch's cell, and its tangent map is that cell's derivative."""
+
+import naive
+import pytest
+import torch
+from mpmath import mp
+from naive import CELLS
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from lightning_lyapunov import jacobians, lyapunov_spectrum, recurrence
+from lightning_lyapunov.layers import as_layer
+
+cells = pytest.mark.parametrize("cell", CELLS)
+biases = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def assert_close(actual, expected, tolerance=1e-12):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def driven_cells(module, inputs, state=None):
+    layer = as_layer(module)
+    with torch.no_grad():
+        return list(layer.drive(layer.read(inputs, state)))
+
+
+# The tangent map
+
+
+@cells
+@biases
+def test_closed_form_is_the_derivative_of_torchs_forward(cell, bias):
+    module, inputs = naive.make(cell, bias=bias), randn(1, 2, 3)
+    state = naive.initial_state(module, 2)
+    (driven,) = driven_cells(module, inputs, state)
+    size = driven.recurrence.state_size
+    closed_form = driven.recurrence.push_forward(driven.state[None], inputs, torch.eye(size).double().expand(2, -1, -1))
+    for i in range(2):
+        assert_close(closed_form[i], naive.jacobians(module, inputs[:, i], naive.member(state, i))[0], 1e-14)
+
+
+@cells
+def test_jacobians_are_those_of_torchs_forward(cell):
+    module, inputs = naive.make(cell, num_layers=2), randn(5, 2, 3)
+    state = naive.initial_state(module, 2)
+    expected = [naive.jacobians(module, inputs[:, i], naive.member(state, i)) for i in range(2)]
+    assert_close(jacobians(module, inputs, state), torch.stack(expected, 1))
+
+
+@cells
+@pytest.mark.parametrize("limit", [1, 100, 10**9])
+def test_pushing_through_several_steps_is_the_product_in_the_order_of_time(cell, limit, monkeypatch):
+    monkeypatch.setattr(recurrence, "_MAX_JACOBIAN_ELEMENTS", limit)  # steps per block: one, a few, all
+    module, inputs = naive.make(cell), randn(7, 1, 3)
+    (driven,) = driven_cells(module, inputs)
+    states = driven.recurrence.trajectory(driven.inputs, driven.state)
+    frame = randn(1, driven.recurrence.state_size, 2)
+    pushed = driven.recurrence.push_forward(torch.cat((driven.state[None], states[:-1])), driven.inputs, frame)
+    expected = frame[0]
+    for matrix in naive.jacobians(module, inputs[:, 0], driven.state[0]):
+        expected = matrix @ expected
+    assert_close(pushed[0], expected)
+
+
+def test_a_callable_is_differentiated():
+    def step(state, x):
+        return torch.stack((state[:, 0] * state[:, 1], state[:, 0] + x[:, 0] ** 2), -1)
+
+    state, x, frame = randn(3, 2), randn(1, 3, 1), randn(3, 2, 2)
+    a, b = state.T
+    expected = torch.stack((torch.stack((b, a), -1), torch.tensor([1.0, 0.0]).double().expand(3, 2)), -2)
+    pushed = recurrence.CallableRecurrence(step, 2).push_forward(state[None], x, frame)
+    assert_close(pushed, expected @ frame, 1e-15)
+
+
+@pytest.mark.parametrize("bias", [-30.0, 30.0])
+@pytest.mark.parametrize("cell", ["rnn-tanh", "gru", "lstm"])
+def test_slopes_of_saturated_gates_keep_every_digit(cell, bias):
+    # 1 - tanh(30)^2 is 0 in float64, and sech(30)^2 is 3.5e-26.
+    module = naive.make(cell, hidden=1)
+    nn.init.constant_(module.bias_ih_l0, bias)
+    nn.init.zeros_(module.bias_hh_l0)
+    inputs, size = torch.zeros(1, 1, 3).double(), 1 + (cell == "lstm")
+    state = torch.full((1, size), 0.3, dtype=torch.float64)
+    (driven,) = driven_cells(module, inputs)
+    closed_form = driven.recurrence.push_forward(state[None], inputs, torch.eye(size).double()[None])
+    with mp.workdps(naive.DIGITS):
+        step = naive.exact_step(module)
+        expected = naive.exact_jacobian(step, naive.exact(state[0]), naive.exact(inputs[0, 0])).astype(float)
+    assert expected.all()
+    # The argument of a gate is itself rounded, by 30 eps.
+    torch.testing.assert_close(closed_form[0], torch.from_numpy(expected), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("x", [-30.0, 30.0])
+def test_slope_of_tanh_keeps_every_digit(x):
+    slope = recurrence._tanh_slope(torch.tensor(x, dtype=torch.float64))
+    assert float(slope) == pytest.approx(float(mp.sech(x) ** 2), rel=1e-15)
+
+
+@pytest.mark.parametrize("x", [-30.0, 30.0])
+def test_slope_of_the_sigmoid_keeps_every_digit(x):
+    slope = recurrence._sigmoid_slope(torch.tensor(x, dtype=torch.float64))
+    assert float(slope) == pytest.approx(float(mp.sech(mp.mpf(x) / 2) ** 2 / 4), rel=1e-15)
+
+
+# The trajectory
+
+
+@cells
+@biases
+def test_step_and_trajectory_are_torchs_forward(cell, bias):
+    module, inputs = naive.make(cell, bias=bias), randn(6, 2, 3)
+    state = naive.initial_state(module, 2)
+    (driven,) = driven_cells(module, inputs, state)
+    trajectory = driven.recurrence.trajectory(driven.inputs, driven.state)
+    after = driven.state
+    for t in range(6):
+        final = module(inputs[: t + 1], state)[1]
+        expected = torch.stack([naive.member(final, i) for i in range(2)])
+        after = driven.recurrence.step(after, driven.inputs[t])
+        assert_close(after, expected)
+        assert_close(trajectory[t], expected)
+    assert_close(driven.recurrence.output(trajectory), module(inputs, state)[0])
+
+
+@cells
+@biases
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["forwards", "both-ways"])
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+@pytest.mark.parametrize("given", [True, False], ids=["state", "no-state"])
+def test_every_cell_of_a_stack_ends_where_torchs_does(cell, bias, bidirectional, num_layers, given):
+    module = naive.make(cell, bias=bias, num_layers=num_layers, bidirectional=bidirectional)
+    inputs, state = randn(5, 2, 3), naive.initial_state(module, 2) if given else None
+    final = module(inputs, state)[1]
+    expected = torch.cat(final, -1) if isinstance(final, tuple) else final
+    ends = [d.recurrence.trajectory(d.inputs, d.state)[-1] for d in driven_cells(module, inputs, state)]
+    assert_close(torch.stack(ends), expected)
+
+
+@cells
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["forwards", "both-ways"])
+@pytest.mark.parametrize("lengths", [[6, 4, 1], [2, 6, 3]], ids=["sorted", "unsorted"])
+def test_every_cell_ends_where_torchs_does_on_packed_sequences(cell, bidirectional, lengths):
+    module = naive.make(cell, num_layers=2, bidirectional=bidirectional)
+    state = naive.initial_state(module, 3)
+    packed = pack_padded_sequence(randn(6, 3, 3), torch.tensor(lengths), enforce_sorted=lengths == [6, 4, 1])
+    final = module(packed, state)[1]
+    expected = torch.cat(final, -1) if isinstance(final, tuple) else final
+    for end, driven in zip(expected, driven_cells(module, packed, state), strict=True):
+        trajectory = driven.recurrence.trajectory(driven.inputs, driven.state)
+        assert_close(trajectory[torch.tensor(lengths) - 1, torch.arange(3)], end)
+
+
+@pytest.mark.parametrize(
+    ("bidirectional", "names"), [(False, ["l0", "l1"]), (True, ["l0", "l0_reverse", "l1", "l1_reverse"])]
+)
+def test_cells_have_the_names_of_torchs_parameters(bidirectional, names):
+    module = nn.GRU(3, 4, 2, bidirectional=bidirectional)
+    assert [driven.name for driven in driven_cells(module, torch.randn(2, 1, 3))] == names
+
+
+# However the inputs are laid out
+
+
+@cells
+def test_batch_first_is_a_matter_of_layout(cell):
+    module, inputs = naive.make(cell, num_layers=2), randn(9, 2, 3)
+    expected = lyapunov_spectrum(module, inputs)
+    module.batch_first = True
+    assert_close(lyapunov_spectrum(module, inputs.transpose(0, 1)), expected)
+
+
+@cells
+@pytest.mark.parametrize("given", [True, False], ids=["state", "no-state"])
+def test_an_unbatched_sequence_is_a_batch_of_one(cell, given):
+    module, inputs = naive.make(cell, num_layers=2), randn(9, 1, 3)
+    state = naive.initial_state(module, 1) if given else None
+    expected = lyapunov_spectrum(module, inputs, state)
+    alone = tuple(part[:, 0] for part in state) if isinstance(state, tuple) else state[:, 0] if given else None
+    assert_close(lyapunov_spectrum(module, inputs[:, 0], alone), expected)
+
+
+@cells
+def test_no_state_is_a_state_of_zeros(cell):
+    module, inputs = naive.make(cell, num_layers=2), randn(9, 2, 3)
+    state = naive.initial_state(module, 2)
+    zeros = tuple(map(torch.zeros_like, state)) if isinstance(state, tuple) else torch.zeros_like(state)
+    assert_close(lyapunov_spectrum(module, inputs), lyapunov_spectrum(module, inputs, zeros))
+
+
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+def test_packing_equal_lengths_changes_nothing(enforce_sorted):
+    module, inputs = naive.make("gru"), randn(9, 2, 3)
+    packed = pack_padded_sequence(inputs, torch.tensor([9, 9]), enforce_sorted=enforce_sorted)
+    assert_close(lyapunov_spectrum(module, packed), lyapunov_spectrum(module, inputs))
+
+
+@biases
+@pytest.mark.parametrize("given", [True, False], ids=["state", "no-state"])
+@pytest.mark.parametrize(
+    ("cell", "cell_class", "options"),
+    [
+        ("rnn-tanh", nn.RNNCell, {}),
+        ("rnn-relu", nn.RNNCell, {"nonlinearity": "relu"}),
+        ("gru", nn.GRUCell, {}),
+        ("lstm", nn.LSTMCell, {}),
+    ],
+)
+def test_a_torch_cell_has_the_spectrum_of_the_layer_with_its_weights(cell, cell_class, options, bias, given):
+    module, inputs = naive.make(cell, bias=bias), randn(9, 2, 3)
+    alone = cell_class(3, 4, bias=bias, dtype=torch.float64, **options)
+    alone.load_state_dict({name.removesuffix("_l0"): value for name, value in module.state_dict().items()})
+    state = naive.initial_state(module, 2) if given else None
+    cell_state = tuple(part[0] for part in state) if isinstance(state, tuple) else state[0] if given else None
+    assert_close(lyapunov_spectrum(alone, inputs, cell_state), lyapunov_spectrum(module, inputs, state))
+
+
+def single_cell(module, layer, suffix, input_size):
+    """Return one cell of a module as a module of its own."""
+    projection = {"proj_size": module.proj_size} if module.proj_size else {}
+    alone = type(module)(input_size, module.hidden_size, dtype=torch.float64, **projection)
+    names = {name: name.replace("_l0", f"_l{layer}{suffix}") for name in alone.state_dict()}
+    alone.load_state_dict({name: module.state_dict()[theirs] for name, theirs in names.items()})
+    return alone
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm", "lstm-proj"])
+def test_two_directions_are_one_layer_forwards_and_one_backwards(cell):
+    module, inputs = naive.make(cell, num_layers=2, bidirectional=True), randn(9, 1, 3)
+    seen, alone = inputs, []
+    for layer in range(2):
+        outputs = []
+        for suffix in ("", "_reverse"):
+            one = single_cell(module, layer, suffix, seen.shape[-1])
+            turned = seen.flip(0) if suffix else seen
+            alone.append(lyapunov_spectrum(one, turned))
+            output = one(turned)[0].detach()
+            outputs.append(output.flip(0) if suffix else output)
+        seen = torch.cat(outputs, -1)
+    assert_close(lyapunov_spectrum(module, inputs), torch.cat(alone, -1).sort(descending=True).values)
+
+
+# Stacks
+
+
+@cells
+def test_no_layer_feels_the_one_above(cell):
+    module = naive.make(cell, num_layers=3)
+    matrices = jacobians(module, randn(4, 2, 3), naive.initial_state(module, 2))
+    size = matrices.shape[-1] // 3
+    for layer in range(2):
+        rows, above = slice(layer * size, (layer + 1) * size), slice((layer + 1) * size, None)
+        assert not matrices[..., rows, above].any()
+        assert matrices[..., above, rows].any()
+
+
+@pytest.mark.parametrize("cell", ["rnn-tanh", "gru", "lstm"])
+def test_spectrum_of_the_joint_jacobians_is_the_union_of_the_layers_spectra(cell):
+    module, inputs = naive.make(cell, hidden=2, num_layers=2, gain=1.0), randn(1200, 1, 3)
+    state = naive.initial_state(module, 1)
+    joint = naive.growth_rates(jacobians(module, inputs, state)[:, 0])[200:].mean(0)
+    union = lyapunov_spectrum(module, inputs, state, warmup=200)[0]
+    assert_close(union.sum(), joint.sum(), 1e-10)
+    # Two frames in general position forget their difference as 1/T, where exponents of two layers lie close together.
+    assert_close(union, joint.sort(descending=True).values, 5e-3)
