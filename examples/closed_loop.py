@@ -89,9 +89,7 @@ def main() -> None:
     mean_spectrum, stderr = spectra.mean(0), spectra.std(0) / sequences**0.5
     print("\nexponent (per unit time)   the network          Lorenz-63      error")
     for index, (value, error, truth) in enumerate(zip(mean_spectrum, stderr, TRUTH, strict=True)):
-        print(
-            f"λ{index + 1}                      {value:+8.3f} ± {error:.3f}      {truth:+8.3f}     {value - truth:+7.3f}"
-        )
+        print(f"λ{index + 1:<22} {value:+8.3f} ± {error:.3f}      {truth:+8.3f}     {value - truth:+7.3f}")
     print(
         f"\nKaplan-Yorke dimension: {kaplan_yorke_dimension(mean_spectrum):.3f} (Lorenz-63: 2.062). One-step error: "
         f"{loss.sqrt():.1e} of the data's spread."

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from lightning_lyapunov import dashboard
 from lightning_lyapunov.functional import layer_growth, working_dtype
@@ -21,6 +22,7 @@ __all__ = ["LyapunovMonitor"]
 
 # A single sequence is cut into so many stretches: its error then comes from them.
 _SEGMENTS = 8
+_NAN = torch.tensor(math.nan)
 _LOGGED = (
     "max",
     "max_stderr",
@@ -98,6 +100,8 @@ class LyapunovMonitor(Callback):
         if dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"`dtype` must be torch.float32, torch.float64 or None, not {dtype}.")
         self.modules = None if modules is None else [modules] if isinstance(modules, str) else list(modules)
+        if self.modules == []:
+            raise ValueError("`modules` is empty: it names nothing. Name the layers to watch, or write None for all.")
         self.every_n_epochs = 1 if every_n_epochs is None and every_n_train_steps is None else every_n_epochs
         self.every_n_train_steps = every_n_train_steps
         self.num_sequences, self.max_steps = num_sequences, max_steps
@@ -113,10 +117,14 @@ class LyapunovMonitor(Callback):
 
         For ``m`` measurements ``history[layer]`` holds ``"step"`` ``(m,)``, the step of the loggers; ``"spectrum"``
         ``(m, num_exponents)``, nats per step, largest first; and ``"stderr"``, its standard error, of the same shape:
-        tensors on the CPU.
+        tensors on the CPU. NaN fills up what was measured with fewer exponents.
         """
         return {
-            layer: {name: torch.stack(values) for name, values in measurements.items()}
+            layer: {
+                "step": torch.stack(measurements["step"]),
+                "spectrum": pad_sequence(measurements["spectrum"], batch_first=True, padding_value=math.nan),
+                "stderr": pad_sequence(measurements["stderr"], batch_first=True, padding_value=math.nan),
+            }
             for layer, measurements in self._history.items()
         }
 
@@ -127,22 +135,26 @@ class LyapunovMonitor(Callback):
         self._run = _Run(layers, Recorder(layers, self.num_sequences, self.max_steps))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if self._run and self._due(trainer, self._run, trainer.global_step + 1):
+        if self._run and self._due(trainer, self._run, trainer.global_step + self._run.stride):
             self._run.recorder.start()
+            self._run.started_at = trainer.global_step
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._run and self._run.recorder.recording:
             self._run.recorder.stop()
+            self._run.stride = max(self._run.stride, trainer.global_step - self._run.started_at)
             if self._due(trainer, self._run, trainer.global_step):
                 self._run.sequences = self._run.recorder.sequences()
                 self._measure(trainer, self._run, trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        # Where the epoch was cut short, or its end was not foreseen, the sequences of the last measurement serve again.
-        if self._run and self._epoch_is_due(trainer) and self._run.measured_epoch != trainer.current_epoch:
+        if not self._run:
+            return
+        self._run.recorder.stop()
+        # Where the epoch was cut short its end was not foreseen: the sequences of the last measurement serve again.
+        if self._epoch_is_due(trainer) and self._run.measured_step not in (None, trainer.global_step):
             # At this hook Lightning has already counted one step further.
             self._measure(trainer, self._run, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
-            self._run.measured_epoch = trainer.current_epoch
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._end_run()
@@ -171,8 +183,6 @@ class LyapunovMonitor(Callback):
 
     def _measure(self, trainer: Any, run: "_Run", step: int) -> None:
         run.measured_step = trainer.global_step
-        if trainer.is_last_batch:
-            run.measured_epoch = trainer.current_epoch
         cells = {}
         for name, (_, layer) in run.layers.items():
             cells.update(self._measure_layer(name, layer, run, trainer.strategy.root_device))
@@ -231,7 +241,7 @@ class LyapunovMonitor(Callback):
             sizes = [
                 size if self.num_exponents is None else min(self.num_exponents, size) for size in layer.state_sizes
             ]
-            return [(torch.full((1, size), math.nan), torch.ones(1)) for size in sizes]
+            return [(torch.full((1, size), math.nan), torch.full((1,), math.nan)) for size in sizes]
         return [
             ((growth.total / growth.steps.unsqueeze(-1)).flatten(0, 1), growth.steps.flatten()) for _, growth in growths
         ]
@@ -240,9 +250,10 @@ class LyapunovMonitor(Callback):
 
     def _publish(self, trainer: Any, run: "_Run", cells: dict[str, dict[str, Tensor]], step: int) -> None:
         run.latest = cells
-        called = [metrics for metrics in cells.values() if metrics["num_sequences"] > 0] or list(cells.values())
-        worst = max(called, key=lambda metrics: float(metrics["max"].nan_to_num(math.inf)))
-        scalars = {"lyapunov/max": worst["max"], "lyapunov/max_stderr": worst["max_stderr"]}
+        # A layer that was not called, or not measured, must not end a run; NaN in one that was is the network's own.
+        measured = [metrics for metrics in cells.values() if metrics["num_sequences"] > 0] or [run.worst]
+        run.worst = max(measured, key=lambda metrics: float(metrics.get("max", _NAN).nan_to_num(math.inf)))
+        scalars = {f"lyapunov/{name}": run.worst.get(name, _NAN) for name in ("max", "max_stderr")}
         for cell, metrics in cells.items():
             scalars.update({f"lyapunov/{cell}/{name}": metrics[name] for name in _LOGGED})
             history = self._history.setdefault(cell, {"step": [], "spectrum": [], "stderr": []})
@@ -256,7 +267,12 @@ class LyapunovMonitor(Callback):
             logger.log_metrics({key: float(value) for key, value in scalars.items()}, step=step)
         if self.log_spectrum and trainer.is_global_zero:
             for logger in trainer.loggers:
-                dashboard.log_spectra(logger, self.history, step)
+                try:
+                    dashboard.log_spectra(logger, self.history, step)
+                except Exception as error:
+                    if self.strict:
+                        raise
+                    run.warn(f"{type(logger).__name__} did not take a picture: {type(error).__name__}: {error}")
 
     # What is saved
 
@@ -289,8 +305,11 @@ class _Run:
     recorder: Recorder
     sequences: dict[str, Sequences] = field(default_factory=dict)
     latest: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    worst: dict[str, Tensor] = field(default_factory=dict)
     measured_step: int | None = None
-    measured_epoch: int | None = None
+    # Where a recorded batch started, and how many optimizer steps the longest took.
+    started_at: int = 0
+    stride: int = 1
     warned: set[str] = field(default_factory=set)
 
     def warn(self, message: str) -> None:

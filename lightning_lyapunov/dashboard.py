@@ -24,7 +24,7 @@ def log_spectra(logger: Any, history: Mapping[str, Mapping[str, Tensor]], step: 
 
     Loggers are told by what their ``experiment`` can do, because two packages have classes of the same name.
     """
-    experiment = logger.experiment
+    experiment: Any = getattr(logger, "experiment", None)
     for layer, measurements in history.items():
         spectrum = measurements["spectrum"][-1]
         resolved = spectrum[spectrum.isfinite() & (spectrum > FLOOR)].numpy()

@@ -95,7 +95,32 @@ class _SpectrumMetric(Metric):
         return _Estimate(spectrum, stderr[order], (steps / count)[0])
 
 
-class LyapunovSpectrum(_SpectrumMetric):
+class _VectorMetric(_SpectrumMetric):
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot the value, or several values, over the index of the exponent.
+
+        Args:
+            val: a value of :meth:`compute`, or several; the metric's own by default.
+            ax: a matplotlib axis to draw in; a new figure by default.
+
+        Returns:
+            The figure and the axis.
+
+        Raises:
+            ModuleNotFoundError: if matplotlib is not installed.
+        """
+        from matplotlib import pyplot
+
+        figure, ax = (ax.get_figure(), ax) if ax is not None else pyplot.subplots()
+        values = [self.compute()] if val is None else val if isinstance(val, list | tuple) else [val]
+        for value in values:
+            ax.plot(range(1, self.num_exponents + 1), value.detach().cpu().reshape(-1), ".-")
+        ax.axhline(0, color="0.6", linewidth=1)
+        ax.set(xlabel="exponent", ylabel="nats per step", title=type(self).__name__)
+        return figure, ax
+
+
+class LyapunovSpectrum(_VectorMetric):
     """The Lyapunov spectrum of a set of sequences, ``(num_exponents,)``, largest first, in nats per step.
 
     Example::
@@ -111,33 +136,6 @@ class LyapunovSpectrum(_SpectrumMetric):
         """Return the mean spectrum; NaN before the first update."""
         return self._estimate().spectrum
 
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot the spectrum over the index of the exponent, with its standard error where it is this metric's own.
-
-        Args:
-            val: a spectrum, or several; the metric's own by default.
-            ax: a matplotlib axis to draw in; a new figure by default.
-
-        Returns:
-            The figure and the axis.
-
-        Raises:
-            ModuleNotFoundError: if matplotlib is not installed.
-        """
-        from matplotlib import pyplot
-
-        figure, ax = (ax.get_figure(), ax) if ax is not None else pyplot.subplots()
-        index = range(1, self.num_exponents + 1)
-        if val is None:
-            spectrum, stderr, _ = self._estimate()
-            ax.errorbar(index, spectrum.cpu(), yerr=stderr.nan_to_num(0).cpu(), fmt=".-", capsize=2)
-        else:
-            for spectrum in val if isinstance(val, list | tuple) else [val]:
-                ax.plot(index, spectrum.detach().cpu(), ".-")
-        ax.axhline(0, color="0.6", linewidth=1)
-        ax.set(xlabel="exponent", ylabel="nats per step", title=type(self).__name__)
-        return figure, ax
-
 
 class _ScalarMetric(_SpectrumMetric):
     def plot(self, val: Any = None, ax: Any = None) -> Any:
@@ -145,7 +143,7 @@ class _ScalarMetric(_SpectrumMetric):
         return self._plot(val, ax)
 
 
-class LyapunovStandardError(_SpectrumMetric):
+class LyapunovStandardError(_VectorMetric):
     """The standard error of each exponent of :class:`LyapunovSpectrum` over the sequences, ``(num_exponents,)``.
 
     NaN for fewer than two sequences, 0 for an exponent at the floor.
@@ -291,7 +289,7 @@ class NumDegenerateExponents(_ScalarMetric):
 
 
 class NumSequences(_ScalarMetric):
-    """How many sequences the others are estimated from.
+    """How many sequences the others are estimated from; NaN if the steps of one are, so that it was not measured.
 
     Example::
 
@@ -304,7 +302,7 @@ class NumSequences(_ScalarMetric):
 
     def compute(self) -> Tensor:
         """Return the number of sequences."""
-        return self.moments[-1, 0]
+        return self.moments[5, 0].masked_fill(self.moments[3, 0].isnan(), math.nan)
 
 
 class Log10GradientGain(_ScalarMetric):

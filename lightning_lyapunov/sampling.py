@@ -44,8 +44,8 @@ class Recorder:
         """Forget what was recorded and record from now on."""
         self.stop()
         self._chains, self.errors = {name: [] for name in self._layers}, {}
-        for name, (module, layer) in self._layers.items():
-            self._handles.append(module.register_forward_hook(self._hook(name, layer), with_kwargs=True))
+        for name, (module, _) in self._layers.items():
+            self._handles.append(module.register_forward_hook(_Hook(self, name), with_kwargs=True))
 
     def stop(self) -> None:
         """Record no more; remove every hook."""
@@ -61,15 +61,13 @@ class Recorder:
             if any(batch.lengths.sum() for batch in batches)
         }
 
-    def _hook(self, name: str, layer: RecurrentLayer) -> Any:
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            try:
-                with torch.no_grad():
-                    self._record(self._chains[name], layer.read_call(args, kwargs, output))
-            except Exception as error:  # the user's forward goes on; the callback says what happened
-                self.errors[name] = error
-
-        return record
+    def record(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Record one call of a layer."""
+        try:
+            with torch.no_grad():
+                self._record(self._chains[name], self._layers[name][1].read_call(args, kwargs, output))
+        except Exception as error:  # the user's forward goes on; the callback says what happened
+            self.errors[name] = error
 
     def _record(self, chains: "list[_Chain]", call: Call) -> None:
         sequences, final = call
@@ -85,6 +83,20 @@ class Recorder:
         # Calls without end that never go on from one another would fill the memory; what came first is enough.
         elif len(chains) < 2 * self._num_sequences:
             chains.append(_Chain(sequences, final, self._max_steps))
+
+
+class _Hook:
+    """Passes the calls of a layer on to a recorder. In a copy or a pickle of the layer it does nothing."""
+
+    def __init__(self, recorder: Recorder | None = None, name: str = "") -> None:
+        self._recorder, self._name = recorder, name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._recorder is not None:
+            self._recorder.record(self._name, args, kwargs, output)
+
+    def __reduce__(self) -> Any:
+        return _Hook, ()
 
 
 class _Chain:
