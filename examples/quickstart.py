@@ -162,7 +162,7 @@ def main() -> None:
         enable_model_summary=False,
     )
     trainer.fit(
-        CharacterModel(vocabulary, hidden=256, learning_rate=0.1 if arguments.unstable else 3e-3),
+        CharacterModel(vocabulary, hidden=256, learning_rate=0.2 if arguments.unstable else 3e-3),
         DataLoader(Windows(training, STEPS_PER_EPOCH * BATCH_SIZE * arguments.epochs), BATCH_SIZE, shuffle=True),
         DataLoader(Windows(validation, 4 * BATCH_SIZE), BATCH_SIZE),
     )

@@ -1,7 +1,7 @@
 """The textbook, slowly: the second opinion on everything that the package computes quickly.
 
-Jacobians are those of torch's own forward, row by row with autograd; the frame is re-orthonormalised at every step, or, in
-arbitrary precision, never. Nothing of the package is used but the frame to start from.
+Jacobians are those of torch's own forward, row by row with autograd; the frame is re-orthonormalised at every step, or,
+in arbitrary precision, never. Nothing of the package is used but the frame to start from.
 """
 
 from collections.abc import Callable
@@ -66,13 +66,13 @@ def member(state: Tensor | tuple[Tensor, Tensor], i: int) -> Tensor:
 def jacobians(module: nn.RNNBase, inputs: Tensor, state: Tensor) -> Tensor:
     """Return the Jacobians ``(time, state, state)`` of torch's forward along one sequence, from a flat state."""
 
-    def step(before: Tensor) -> Tensor:
-        return flatten(module(step_input, unflatten(module, before))[1])
+    def step(before: Tensor, x: Tensor) -> Tensor:
+        return flatten(module(x, unflatten(module, before))[1])
 
     matrices = []
-    for step_input in inputs.unsqueeze(1):
-        matrices.append(torch.autograd.functional.jacobian(step, state))
-        state = step(state).detach()
+    for x in inputs.unsqueeze(1):
+        matrices.append(torch.autograd.functional.jacobian(partial(step, x=x), state))
+        state = step(state, x).detach()
     return torch.stack(matrices)
 
 
@@ -99,6 +99,8 @@ def module_spectrum(module: nn.RNNBase, inputs: Tensor, state: Tensor | tuple[Te
 
 # In arbitrary precision: arrays of mpmath's numbers.
 
+Step = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
 
 def exact(tensor: Tensor) -> np.ndarray:
     """Return the numbers of a tensor, without rounding."""
@@ -109,7 +111,7 @@ _tanh = np.vectorize(lambda x: mp.tanh(x), otypes=[object])
 _sigmoid = np.vectorize(lambda x: 1 / (1 + mp.exp(-x)), otypes=[object])
 
 
-def exact_step(module: nn.RNNBase) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def exact_step(module: nn.RNNBase) -> Step:
     """Return the equations of a one-layer tanh RNN, GRU or LSTM as torch's documentation prints them."""
     weight = {name.removesuffix("_l0"): exact(parameter) for name, parameter in module.named_parameters()}
 
@@ -133,9 +135,7 @@ def exact_step(module: nn.RNNBase) -> Callable[[np.ndarray, np.ndarray], np.ndar
     return {"RNN_TANH": rnn, "GRU": gru, "LSTM": lstm}[module.mode]
 
 
-def exact_jacobian(
-    step: Callable[[np.ndarray, np.ndarray], np.ndarray], state: np.ndarray, x: np.ndarray
-) -> np.ndarray:
+def exact_jacobian(step: Step, state: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Return the Jacobian of a step by central differences so small that they are exact to a third of the digits."""
     nudge = mp.mpf(10) ** (-DIGITS // 3)
     columns = []
@@ -145,16 +145,11 @@ def exact_jacobian(
     return np.stack(columns, -1)
 
 
-def exact_spectrum(
-    step: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    inputs: Tensor,
-    state: Tensor,
-    num_exponents: int | None = None,
-) -> Tensor:
+def exact_spectrum(step: Step, inputs: Tensor, state: Tensor, num_exponents: int | None = None) -> Tensor:
     """Return the exponents along one sequence from the explicit product, orthonormalised once, in 500 digits."""
     with mp.workdps(DIGITS):
         at, vectors = exact(state), exact(generic_frame(len(state), num_exponents or len(state)))
-        for x in exact(inputs) if inputs.numel() else [None] * len(inputs):
+        for x in exact(inputs):
             vectors, at = exact_jacobian(step, at, x) @ vectors, step(at, x)
         rates, basis = [], []
         for vector in vectors.T:

