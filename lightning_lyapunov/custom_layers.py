@@ -42,6 +42,8 @@ class CallableLayer(RecurrentLayer):
                 f"{tuple(inputs.shape)} and {tuple(state.shape)}. A map without input takes "
                 f"`inputs=torch.zeros(time, {state.shape[0] if state.ndim else 1}, 0)`."
             )
+        if state.shape[1] == 0:
+            raise ValueError(f"`state` must hold at least one number, but its shape is {tuple(state.shape)}.")
         self._size = state.shape[1]
         return Sequences(inputs, state.unsqueeze(0), torch.full((inputs.shape[1],), inputs.shape[0]))
 

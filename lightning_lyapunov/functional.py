@@ -72,7 +72,7 @@ def lyapunov_spectrum(
         >>> lyapunov_spectrum(lambda s, x: s @ rotation.T, inputs, state).abs().round(decimals=6)
         tensor([[0., 0.]], dtype=torch.float64)
     """
-    layer = as_layer(dynamics)
+    layer = _layer(dynamics)
     with _undisturbed():
         sequences, dtype = _read(layer, inputs, state, dtype)
         count = _check_options(layer, sequences, num_exponents, warmup, qr_interval)
@@ -140,7 +140,7 @@ def jacobians(
         ValueError: as in :func:`lyapunov_spectrum`, and for a bidirectional module, whose directions share no step.
         TypeError: as in :func:`lyapunov_spectrum`.
     """
-    layer = as_layer(dynamics)
+    layer = _layer(dynamics)
     if any(name.endswith("_reverse") for name in layer.cell_names):
         raise ValueError(
             "`dynamics` is bidirectional: its two directions share no step. Pass each direction by itself."
@@ -183,9 +183,19 @@ def working_dtype(layer: RecurrentLayer, sequences: Sequences, dtype: torch.dtyp
     return dtype
 
 
+def _layer(dynamics: nn.Module | Callable[[Tensor, Tensor], Tensor]) -> RecurrentLayer:
+    try:
+        return as_layer(dynamics)
+    except TypeError as error:
+        raise TypeError(f"`dynamics` cannot be followed. {error}") from error
+
+
 def _read(layer: RecurrentLayer, inputs: Any, state: Any, dtype: torch.dtype | None) -> tuple[Sequences, torch.dtype]:
     """Return the sequences as the layer's cells can take them, and the dtype of the products with the frame."""
     sequences = layer.read(inputs, state)
+    time, batch = sequences.inputs.shape[:2]
+    if time == 0 or batch == 0:
+        raise ValueError(f"`inputs` holds no steps or no sequences: (time, batch) is {(time, batch)}.")
     dtype = working_dtype(layer, sequences, dtype)
     if isinstance(layer, CallableLayer):
         sequences = sequences._replace(inputs=sequences.inputs.to(dtype), states=sequences.states.to(dtype))
@@ -204,10 +214,6 @@ def _check_options(
     if num_exponents is not None and not _is_count(num_exponents, 1, total):
         raise ValueError(
             f"`num_exponents={num_exponents}` must be from 1 to {total}, the size of the state, or None for all."
-        )
-    if sequences.inputs.shape[0] == 0 or sequences.inputs.shape[1] == 0:
-        raise ValueError(
-            f"`inputs` holds no steps or no sequences: (time, batch) is {tuple(sequences.inputs.shape[:2])}."
         )
     if not _is_count(warmup, 0):
         raise ValueError(f"`warmup={warmup}` must be a number of steps, 0 or more.")

@@ -58,7 +58,7 @@ def as_layer(dynamics: nn.Module | Callable[[Tensor, Tensor], Tensor]) -> Recurr
     if not isinstance(dynamics, nn.Module):
         if not callable(dynamics):
             raise TypeError(
-                "`dynamics` must be a recurrent module or a callable `step(state, input) -> state`, "
+                "It must be a recurrent module or a callable `step(state, input) -> state`, "
                 f"not {type(dynamics).__name__}."
             )
         return CallableLayer(dynamics)

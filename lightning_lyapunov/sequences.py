@@ -86,6 +86,8 @@ def check_tensor(name: str, value: Any, size: int | None = None) -> None:
     """Raise an error that names the argument unless ``value`` is a real tensor whose last dimension is ``size``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` must be a tensor, not {type(value).__name__}.")
+    if value.is_complex():
+        raise TypeError(f"`{name}` must be real, not {value.dtype}. Write `torch.view_as_real({name}).flatten(-2)`.")
     if not value.is_floating_point():
         raise TypeError(f"`{name}` must be of a floating point dtype, not {value.dtype}. Write `{name}.float()`.")
     if size is not None and (value.ndim == 0 or value.shape[-1] != size):

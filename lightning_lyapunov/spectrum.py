@@ -23,9 +23,16 @@ A step that multiplies by less than this leaves nothing of a float32 number.
 
 # The longest stretch between two re-orthonormalisations that "auto" tries. Beyond it the cost hardly falls further.
 _MAX_INTERVAL = 16
-# How far a tangent vector may lean towards the faster ones, as log(length / distance to their span): the rounding error
-# of the direction's growth is exp(lean) times that of the dtype. "auto" aims at the first and accepts the second.
-_AIMED_LEAN, _ACCEPTED_LEAN = 6.0, 8.0
+# How far a tangent vector may lean towards the faster ones, as log(length / distance to their span), by the dtype that
+# was asked for and the one of the products: the rounding error of its growth is exp(lean) that of the products' dtype,
+# and exp(2 lean) that of float64, in which the Gram matrix is made. "auto" aims at the first and accepts the second.
+_LEANS = {
+    (torch.float32, torch.float32): (7.25, 8.5),
+    (torch.float32, torch.float64): (11.0, 13.0),
+    (torch.float64, torch.float64): (6.0, 8.0),
+}
+# What is left of a direction is doubted up to so many times the rounding error of the rows that it lies in.
+_DOUBT = 1e4
 # Lengths of tangent vectors that float32 holds without loss.
 _SAFE_LENGTHS = 1e-30, 1e30
 
@@ -80,7 +87,7 @@ def log_growth(
     """Sum the growth of a frame along each sequence.
 
     The frame is re-orthonormalised every ``qr_interval`` steps. Whatever the interval, a stretch after which a vector
-    cannot be told from the faster ones is done again in shorter ones, at last step by step in float64.
+    cannot be told from the faster ones is done again in shorter ones, then in float64, at last by Householder's method.
 
     Args:
         tangent_map: the recurrence to follow.
@@ -121,7 +128,7 @@ class _Walk:
         qr_interval: int | Literal["auto"],
         dtype: torch.dtype,
     ) -> None:
-        self.tangent_map, self.state, self.dtype = tangent_map, state, dtype
+        self.tangent_map, self.state, self.wanted_dtype = tangent_map, state, dtype
         frame = generic_frame(tangent_map.state_size, num_exponents)
         self.frame = frame.to(state.device, dtype).expand(len(state), -1, -1)
         # What a direction adds to its growth from now on: 0, -inf once it is wiped out, NaN once it is not finite.
@@ -129,7 +136,8 @@ class _Walk:
         self.adaptive = qr_interval == "auto"
         self.longest = _MAX_INTERVAL if qr_interval == "auto" else qr_interval
         self.interval = 1 if self.adaptive else self.longest
-        self.careful = False
+        # The dtype of the next products, and whether Cholesky's factorisation will do for them.
+        self.dtype, self.careful = dtype, False
 
     def keep(self, running: int) -> None:
         """Go on with the first ``running`` sequences only: the others have ended."""
@@ -151,30 +159,44 @@ class _Walk:
     def _push(self, states: Tensor, inputs: Tensor) -> tuple[int, Tensor]:
         """Take as many steps as the frame can stand; return their number and the growth of each direction."""
         steps = len(inputs)
-        while steps and not self.careful:
+        while True:
             pushed = self.tangent_map.push_forward(states[:steps], inputs[:steps], self.frame.to(self.dtype))
-            frame, growth, lean = _orthonormalise(pushed, self.fate == 0)
-            if lean <= _ACCEPTED_LEAN:
+            if self.careful:
+                self.frame, growth, lean, fate = _orthonormalise_carefully(pushed, self.fate == 0)
+                self.fate = self.fate + fate
+                break
+            frame, growth, lean = _orthonormalise(pushed, self.fate == 0, self._leans(self.dtype)[1])
+            if lean < math.inf:
                 self.frame = frame
-                self._plan(steps, lean)
-                return steps, growth
-            steps //= 2
-            self.interval = max(1, steps)
-        pushed = self.tangent_map.push_forward(states[:1], inputs[:1], self.frame.to(self.fate.dtype))
-        self.frame, growth, lean, fate = _orthonormalise_carefully(pushed, self.fate == 0)
-        self.fate = self.fate + fate
-        self._plan(1, lean)
-        return 1, growth
+                break
+            # Not resolved: again in half as many steps, at last in one in float64, at the very last with care.
+            if steps > 1:
+                steps //= 2
+                self.interval = steps
+            else:
+                self.careful = self.dtype == self.fate.dtype
+                self.dtype = self.fate.dtype
+        self._plan(steps, lean)
+        return steps, growth
 
     def _plan(self, steps: int, lean: float) -> None:
-        """Choose the next interval from how far the frame leant after ``steps`` steps."""
-        room = steps * _AIMED_LEAN / max(lean, 1e-3) if self.adaptive else self.longest
-        self.interval = max(1, min(2 * self.interval, int(room), self.longest))
-        self.careful = not lean <= _ACCEPTED_LEAN
+        """Choose dtype and interval of the next products from how far the frame leant in these."""
+        per_step = max(lean / steps, 1e-3)
+        # The cheapest dtype that can take at least one step.
+        dtypes = dict.fromkeys((self.wanted_dtype, self.fate.dtype))
+        self.dtype = next((dtype for dtype in dtypes if per_step <= self._leans(dtype)[0]), self.fate.dtype)
+        room = int(self._leans(self.dtype)[0] / per_step)
+        self.careful = room == 0
+        longest = min(room, self.longest) if self.adaptive else self.longest
+        self.interval = 1 if self.careful else max(1, min(2 * self.interval, longest))
+
+    def _leans(self, dtype: torch.dtype) -> tuple[float, float]:
+        """Return the lean to aim at and the one to accept in products of a dtype."""
+        return _LEANS[self.wanted_dtype, dtype]
 
 
-def _orthonormalise(pushed: Tensor, alive: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Return an orthonormal frame for ``pushed``, each direction's growth, and the largest lean (inf: not resolved).
+def _orthonormalise(pushed: Tensor, alive: Tensor, accepted: float) -> tuple[Tensor, Tensor, float]:
+    """Return an orthonormal frame for ``pushed``, each direction's growth, and the largest lean: inf if not accepted.
 
     With ``V^T V = R^T R``, ``Q = V R^{-1}``. The growth telescopes exactly whether or not ``Q`` is orthonormal to the
     last bit, so one pass is enough. Dead directions are carried as zeros.
@@ -190,7 +212,7 @@ def _orthonormalise(pushed: Tensor, alive: Tensor) -> tuple[Tensor, Tensor, floa
     shortest, longest = _SAFE_LENGTHS
     resolved = (failures == 0).all() & (lengths >= shortest).all() & (lengths <= longest).all()
     lean = float(lean.where(resolved, math.inf))
-    if not lean <= _ACCEPTED_LEAN:
+    if not lean <= accepted:
         return pushed, stretches, math.inf
     frame = torch.linalg.solve_triangular(factor.to(pushed.dtype), pushed, upper=True, left=False)
     return frame, stretches.log(), lean
@@ -214,8 +236,17 @@ def _orthonormalise_carefully(pushed: Tensor, alive: Tensor) -> tuple[Tensor, Te
 
     stretches = factor.diagonal(dim1=-2, dim2=-1).abs()
     tails = sizes.square().flip(-1).cumsum(-1).flip(-1).sqrt()[..., : stretches.shape[-1]]
-    rounding = pushed.shape[-2] * torch.finfo(pushed.dtype).eps * tails
-    fate = torch.zeros_like(stretches).masked_fill(stretches <= rounding, -math.inf)
+    rounding = pushed.shape[-2] * torch.finfo(pushed.dtype).eps
+    dead = stretches <= rounding * tails
+    if (stretches <= _DOUBT * rounding * tails).any():
+        # Ill-conditioned vectors before a dead one add to its rounding error. Then the rank decides, with each row in
+        # its own scale: so many directions live, those with the most left of them.
+        scaled = precise.gather(-2, order) / sizes.where(sizes > 0, 1).unsqueeze(-1)
+        values = torch.linalg.svdvals(scaled)
+        rank = (values > rounding * values[..., :1]).sum(-1, keepdim=True)
+        left = stretches / tails.clamp(min=torch.finfo(tails.dtype).tiny)
+        dead |= left.argsort(-1, descending=True).argsort(-1) >= rank
+    fate = torch.zeros_like(stretches).masked_fill(dead, -math.inf)
     fate = fate.masked_fill(~finite.unsqueeze(-1), math.nan)
 
     growth = stretches.where(fate == 0, 1).log()

@@ -35,40 +35,43 @@ class StackedLayer(RecurrentLayer):
         return next(self.module.parameters()).dtype
 
     def read(self, inputs: Any, state: Any = None, lengths: Tensor | None = None) -> Sequences:
+        batched = True
         if isinstance(inputs, PackedSequence):
             check_tensor("inputs", inputs.data, self.module.input_size)
             inputs, lengths = pad_packed_sequence(inputs)
         else:
             check_tensor("inputs", inputs, self.module.input_size)
-            if inputs.ndim == 2:
-                inputs, state = inputs.unsqueeze(1), _map_state(state, lambda part: part.unsqueeze(1))
-            elif inputs.ndim == 3:
-                inputs = inputs.transpose(0, 1) if self.module.batch_first else inputs
-            else:
+            batched = inputs.ndim == 3
+            if not 2 <= inputs.ndim <= 3:
                 raise ValueError(
                     "`inputs` must be (time, batch, input), (batch, time, input) with `batch_first`, or (time, input), "
                     f"but its shape is {tuple(inputs.shape)}."
                 )
+            if not batched:
+                inputs = inputs.unsqueeze(1)
+            elif self.module.batch_first:
+                inputs = inputs.transpose(0, 1)
         time, batch, _ = inputs.shape
         lengths = torch.full((batch,), time) if lengths is None else lengths.detach().cpu().long()
-        return Sequences(inputs, self._read_state(state, batch, inputs.device), lengths)
+        return Sequences(inputs, self._read_state(state, batch if batched else None, inputs.device), lengths)
 
-    def _read_state(self, state: Any, batch: int, device: torch.device) -> Tensor:
+    def _read_state(self, state: Any, batch: int | None, device: torch.device) -> Tensor:
         """Return the states of all cells, ``(cells, batch, state)``; zeros where none are given."""
         cells = len(self.cell_names)
         if state is None:
-            return torch.zeros(cells, batch, self.state_sizes[0], dtype=self.dtype, device=device)
-        return _joined_state(state, [(cells, batch, size) for size in self.part_sizes])
+            return torch.zeros(cells, batch or 1, self.state_sizes[0], dtype=self.dtype, device=device)
+        leading = (cells,) if batch is None else (cells, batch)
+        states = _joined_state(state, [(*leading, size) for size in self.part_sizes])
+        return states.unsqueeze(1) if batch is None else states
 
     def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
         # Subclasses may take more: of theirs, `lengths` says how much of a padded batch is data.
         arguments = signature(self.module.forward).bind(*args, **kwargs).arguments
         inputs, *_ = arguments.values()
         sequences = self.read(inputs, arguments.get("hx"), arguments.get("lengths"))
-        final = output[1]
-        if isinstance(inputs, Tensor) and inputs.ndim == 2:
-            final = _map_state(final, lambda part: part.unsqueeze(1))
-        return Call(sequences, self._read_state(final, sequences.inputs.shape[1], sequences.inputs.device))
+        unbatched = isinstance(inputs, Tensor) and inputs.ndim == 2
+        batch = None if unbatched else sequences.inputs.shape[1]
+        return Call(sequences, self._read_state(output[1], batch, sequences.inputs.device))
 
     def drive(self, sequences: Sequences) -> Iterator[Driven]:
         inputs = sequences.inputs.to(trajectory_dtype(sequences.inputs.device))
@@ -149,7 +152,9 @@ def _closed_form(module: nn.Module, mode: str, suffix: str, like: Tensor) -> Rec
         # A pruned weight is refreshed at the next forward; until then its two factors are what is true.
         if (mask := getattr(module, f"{kind}{suffix}_mask", None)) is not None:
             value = getattr(module, f"{kind}{suffix}_orig") * mask
-        return value.detach().to(like)
+        value = value.detach().to(like)
+        # A gate would swallow an infinite bias: a network that is not finite has no spectrum.
+        return value.where(value.isfinite().all(), torch.nan)
 
     weights = weight("weight_ih"), weight("weight_hh"), weight("bias_ih"), weight("bias_hh")
     if mode == "LSTM":

@@ -1,0 +1,269 @@
+"""Trainers and models that are not ours."""
+
+import copy
+import csv
+import itertools
+import math
+
+import pytest
+import pytorch_lightning
+import torch
+from models import make_trainer, regressor, series
+from torch.testing import assert_close
+
+from lightning_lyapunov import LyapunovMonitor, callback, lyapunov_spectrum
+from lightning_lyapunov.sampling import Recorder
+
+NUMBERS = ["max", "max_stderr", "mean", "kaplan_yorke_dimension", "kolmogorov_sinai_entropy", "num_positive"]
+NUMBERS += ["log10_gradient_gain"]
+
+
+def keys_of(*cells):
+    return {"lyapunov/max", "lyapunov/max_stderr"} | {f"lyapunov/{cell}/{name}" for cell in cells for name in NUMBERS}
+
+
+def published(trainer):
+    return {key: value for key, value in trainer.callback_metrics.items() if key.startswith("lyapunov/")}
+
+
+def steps_of(monitor):
+    (measurements,) = monitor.history.values()
+    return measurements["step"].tolist()
+
+
+# pytorch_lightning, whose classes are others than those of lightning.pytorch
+
+
+def fit(model, *callbacks, ckpt_path=None, **options):
+    trainer = make_trainer(*callbacks, pl=pytorch_lightning, **options)
+    trainer.fit(model, series(), ckpt_path=ckpt_path)
+    return trainer
+
+
+def test_the_packages_classes_are_not_the_same():
+    assert not isinstance(LyapunovMonitor(), pytorch_lightning.Callback)
+
+
+@pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
+def test_pytorch_lightning_measures_what_lightning_measures(cell):
+    histories = []
+    for pl in (None, pytorch_lightning):
+        import lightning.pytorch
+
+        pl = pl or lightning.pytorch
+        monitor = LyapunovMonitor(every_n_train_steps=2, strict=True)
+        make_trainer(monitor, pl=pl).fit(regressor(pl)(cell), series())
+        histories.append(monitor.history)
+    assert_close(*histories, rtol=0, atol=0)
+
+
+def test_pytorch_lightning_logs_every_key_at_its_step(tmp_path):
+    monitor = LyapunovMonitor(strict=True)
+    logger = pytorch_lightning.loggers.CSVLogger(tmp_path)
+    trainer = fit(regressor(pytorch_lightning)(), monitor, logger=logger, log_every_n_steps=1)
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["lyapunov/max"]]
+    assert [int(row["step"]) for row in rows] == steps_of(monitor) == [0, 2, 5]
+    assert {key for key in rows[0] if key.startswith("lyapunov/")} == keys_of("rnn") == set(published(trainer))
+    written = torch.tensor([float(row["lyapunov/rnn/max"]) for row in rows])
+    assert_close(written, monitor.history["rnn"]["spectrum"][:, 0])
+
+
+def test_pytorch_lightning_stops_on_it():
+    stop = pytorch_lightning.callbacks.EarlyStopping("lyapunov/max", divergence_threshold=-99.0, patience=10**6)
+    for callbacks in ([stop, LyapunovMonitor()], [LyapunovMonitor(), stop]):
+        trainer = fit(regressor(pytorch_lightning)(), *callbacks, max_epochs=5)
+        assert trainer.current_epoch == 1
+        assert trainer.should_stop
+    calm = pytorch_lightning.callbacks.EarlyStopping("lyapunov/max", divergence_threshold=99.0, patience=10**6)
+    assert fit(regressor(pytorch_lightning)(), calm, LyapunovMonitor(), max_epochs=5).current_epoch == 5
+
+
+def test_pytorch_lightning_keeps_the_checkpoint_of_the_smallest_and_resumes_from_it(tmp_path):
+    keep = pytorch_lightning.callbacks.ModelCheckpoint(tmp_path, monitor="lyapunov/max", save_top_k=-1)
+    monitor = LyapunovMonitor(strict=True)
+    fit(regressor(pytorch_lightning)(), keep, monitor, max_epochs=3, enable_checkpointing=True)
+    spectrum = monitor.history["rnn"]["spectrum"][:, 0]
+    ends = spectrum[1:]  # the first is that of the first batch
+    assert keep.best_model_score == ends.min()
+    assert len(keep.best_k_models) == 3
+    second = next(path for path, score in keep.best_k_models.items() if score == ends[1])
+
+    resumed = LyapunovMonitor(strict=True)
+    trainer = fit(regressor(pytorch_lightning)(), resumed, max_epochs=4, ckpt_path=second)
+    assert trainer.current_epoch == 4
+    assert steps_of(resumed) == [0, 2, 5, 6, 8, 11]
+    assert_close(resumed.history["rnn"]["spectrum"][:3], monitor.history["rnn"]["spectrum"][:3], rtol=0, atol=0)
+    assert_close(resumed.history["rnn"]["spectrum"][4], monitor.history["rnn"]["spectrum"][3])  # the same training
+
+
+def test_a_run_of_pytorch_lightning_with_the_monitor_is_bitwise_that_without():
+    models = []
+    for callbacks in ([], [LyapunovMonitor(every_n_train_steps=1, strict=True)]):
+        models.append(regressor(pytorch_lightning)("GRU"))
+        fit(models[-1], *callbacks)
+    assert all(map(torch.equal, *(model.state_dict().values() for model in models)))
+
+
+# pytorch-forecasting
+
+
+@pytest.fixture(scope="module")
+def forecasting():
+    return pytest.importorskip("pytorch_forecasting")
+
+
+@pytest.fixture(scope="module")
+def dataset(forecasting):
+    """Four noisy sines; the encoders see from 4 to 10 steps of them."""
+    import pandas as pd
+
+    generator = torch.Generator().manual_seed(0)
+    time = torch.arange(30)
+    noise = 0.1 * torch.randn(4, 30, generator=generator)
+    rows = [
+        {"series": str(i), "time": int(t), "value": math.sin(0.5 * t + i) + float(noise[i, t])}
+        for i, t in itertools.product(range(4), time)
+    ]
+    return forecasting.TimeSeriesDataSet(
+        pd.DataFrame(rows),
+        time_idx="time",
+        target="value",
+        group_ids=["series"],
+        min_encoder_length=4,
+        max_encoder_length=10,
+        min_prediction_length=2,
+        max_prediction_length=4,
+        time_varying_unknown_reals=["value"],
+        randomize_length=None,
+    )
+
+
+MODELS = {
+    "RecurrentNetwork": ({"cell_type": "GRU", "rnn_layers": 2, "dropout": 0.3}, ["rnn.l0", "rnn.l1"]),
+    "RecurrentNetwork, LSTM": ({"cell_type": "LSTM", "rnn_layers": 1}, ["rnn"]),
+    "DeepAR": ({"cell_type": "LSTM", "rnn_layers": 2, "dropout": 0.3}, ["rnn.l0", "rnn.l1"]),
+    "DeepAR, GRU": ({"cell_type": "GRU", "rnn_layers": 1}, ["rnn"]),
+    "TemporalFusionTransformer": (
+        {"attention_head_size": 1, "hidden_continuous_size": 4},
+        ["lstm_encoder", "lstm_decoder"],
+    ),
+    "TemporalFusionTransformer, two layers": (
+        {"attention_head_size": 1, "hidden_continuous_size": 4, "lstm_layers": 2},
+        ["lstm_encoder.l0", "lstm_encoder.l1", "lstm_decoder.l0", "lstm_decoder.l1"],
+    ),
+}
+each_model = pytest.mark.parametrize("name", MODELS)
+
+
+def train(forecasting, dataset, name, *callbacks, **options):
+    torch.manual_seed(0)
+    kind = getattr(forecasting, name.split(",")[0])
+    model = kind.from_dataset(dataset, hidden_size=6, log_interval=-1, learning_rate=0.01, **MODELS[name][0])
+    trainer = make_trainer(*callbacks, **{"max_epochs": 1, "limit_train_batches": 3, **options})
+    trainer.fit(model, dataset.to_dataloader(train=True, batch_size=8, num_workers=0))
+    return model, trainer
+
+
+@pytest.mark.filterwarnings("ignore")
+@each_model
+def test_a_forecasting_model_has_every_key_and_a_finite_value(forecasting, dataset, name):
+    monitor = LyapunovMonitor(strict=True)
+    _, trainer = train(forecasting, dataset, name, monitor)
+    assert set(published(trainer)) == keys_of(*MODELS[name][1])
+    assert all(value.isfinite() for value in published(trainer).values())
+    for measurements in monitor.history.values():
+        assert measurements["step"].tolist() == [0, 2]
+        assert measurements["spectrum"].isfinite().all()
+        assert -10 < measurements["spectrum"][-1, 0] < 1
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("error:.*[Ll]yapunov")
+@each_model
+def test_a_forecasting_model_takes_a_monitor_and_nothing_else(forecasting, dataset, name):
+    _, trainer = train(forecasting, dataset, name, LyapunovMonitor())
+    assert set(published(trainer)) == keys_of(*MODELS[name][1])
+    assert all(value.isfinite() for value in published(trainer).values())
+
+
+@pytest.mark.filterwarnings("ignore")
+@each_model
+def test_a_forecasting_run_with_the_monitor_is_bitwise_that_without(forecasting, dataset, name):
+    without, _ = train(forecasting, dataset, name)
+    with_monitor, _ = train(forecasting, dataset, name, LyapunovMonitor(every_n_train_steps=1, strict=True))
+    assert all(map(torch.equal, without.state_dict().values(), with_monitor.state_dict().values()))
+
+
+class Calls(callback.Callback):
+    """Keep what a layer was called with in the last batch, by a hook of the test's own."""
+
+    def __init__(self, name):
+        self.name, self.calls = name, []
+
+    def on_fit_start(self, trainer, pl_module):
+        pl_module.get_submodule(self.name).register_forward_hook(self.keep, with_kwargs=True)
+
+    def on_train_batch_start(self, *_):
+        self.calls = []
+
+    def keep(self, module, args, kwargs, output):
+        self.calls.append(copy.deepcopy(([arg.detach() for arg in args if isinstance(arg, torch.Tensor)], kwargs)))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["RecurrentNetwork, LSTM", "DeepAR, GRU"])
+def test_a_forecasting_models_value_is_that_of_encoder_and_decoder_by_hand(forecasting, dataset, name):
+    calls = Calls("rnn")
+    monitor = LyapunovMonitor(num_exponents=1, warmup=0, num_sequences=99, strict=True)
+    model, _ = train(forecasting, dataset, name, calls, monitor)
+    (encoded, encoding), (decoded, decoding) = calls.calls
+    layer = getattr(torch.nn, model.rnn.mode)(model.rnn.input_size, model.rnn.hidden_size)
+    layer.load_state_dict(model.rnn.state_dict())
+    growth, steps = 0.0, 0
+    for member in range(8):
+        seen = [
+            inputs[member, :length]
+            for inputs, length in zip(
+                (encoded[0], decoded[0]), (encoding["lengths"][member], decoding["lengths"][member]), strict=True
+            )
+        ]
+        sequence = torch.cat(seen)
+        growth += float(lyapunov_spectrum(layer, sequence, num_exponents=1)) * len(sequence)
+        steps += len(sequence)
+    assert 8 * 5 < steps < 8 * 14  # the lengths differ
+    assert_close(float(monitor.history["rnn"]["spectrum"][-1, 0]), growth / steps, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_forecasting_models_values_are_those_of_what_was_recorded(forecasting, dataset, monkeypatch):
+    recorded = []
+    original = Recorder.sequences
+    monkeypatch.setattr(Recorder, "sequences", lambda self: recorded.append(original(self)) or recorded[-1])
+    monitor = LyapunovMonitor(num_exponents=1, warmup=0, strict=True)
+    model, _ = train(forecasting, dataset, "TemporalFusionTransformer", monitor)
+    for name, sequences in recorded[-1].items():
+        layer, growth = model.get_submodule(name), 0.0
+        for member, length in enumerate(sequences.lengths):
+            state = sequences.states[:, [member]].chunk(2, -1)
+            inputs = sequences.inputs[:length, [member]].transpose(0, 1)
+            growth += float(lyapunov_spectrum(layer, inputs, state, num_exponents=1)) * length
+        expected = growth / sequences.lengths.sum()
+        assert_close(monitor.history[name]["spectrum"][-1, 0], expected.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_forecasting_run_is_logged_stopped_and_resumed(forecasting, dataset, tmp_path):
+    import lightning.pytorch as pl
+
+    keep = pl.callbacks.ModelCheckpoint(tmp_path, monitor="lyapunov/max")
+    stop = pl.callbacks.EarlyStopping("lyapunov/max", divergence_threshold=-99.0, patience=10**6)
+    options = {"max_epochs": 3, "enable_checkpointing": True, "logger": pl.loggers.CSVLogger(tmp_path)}
+    _, trainer = train(forecasting, dataset, "DeepAR, GRU", stop, keep, LyapunovMonitor(strict=True), **options)
+    assert trainer.current_epoch == 1
+    resumed = LyapunovMonitor(strict=True)
+    model = forecasting.DeepAR.load_from_checkpoint(keep.best_model_path, weights_only=False)
+    trainer = make_trainer(resumed, limit_train_batches=3)
+    loader = dataset.to_dataloader(train=True, batch_size=8, num_workers=0)
+    trainer.fit(model, loader, ckpt_path=keep.best_model_path, weights_only=False)
+    assert steps_of(resumed) == [0, 2, 3, 5]
