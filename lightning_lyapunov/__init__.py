@@ -18,9 +18,11 @@ from lightning_lyapunov.metrics import (
     lyapunov_metrics,
 )
 from lightning_lyapunov.spectrum import FLOOR
+from lightning_lyapunov.stopping import InstabilityStopping
 
 __all__ = [
     "FLOOR",
+    "InstabilityStopping",
     "KaplanYorkeDimension",
     "KolmogorovSinaiEntropy",
     "Log10GradientGain",

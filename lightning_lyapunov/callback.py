@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_lyapunov import dashboard
+from lightning_lyapunov.custom_layers import CustomLayer
 from lightning_lyapunov.functional import layer_growth, working_dtype
 from lightning_lyapunov.layers import as_layer, is_recurrent
 from lightning_lyapunov.metrics import lyapunov_metrics
 from lightning_lyapunov.sampling import Recorder
 from lightning_lyapunov.sequences import RecurrentLayer, Sequences
 
-__all__ = ["LyapunovMonitor"]
+__all__ = ["Estimate", "LyapunovMonitor"]
 
 # A single sequence is cut into so many stretches: its error then comes from them.
 _SEGMENTS = 8
-_NAN = torch.tensor(math.nan)
 _LOGGED = (
     "max",
     "max_stderr",
@@ -32,6 +32,16 @@ _LOGGED = (
     "num_positive",
     "log10_gradient_gain",
 )
+
+
+class Estimate(NamedTuple):
+    """The last value of an exponent: its standard error, how many sequences it is from, its layer, and the step."""
+
+    value: float
+    stderr: float
+    num_sequences: int
+    layer: str
+    step: int
 
 
 class LyapunovMonitor(Callback):
@@ -56,6 +66,10 @@ class LyapunovMonitor(Callback):
         dtype: see :func:`~lightning_lyapunov.lyapunov_spectrum`.
         log_spectrum: log pictures and histograms of the spectra to the loggers that can show them.
         strict: raise what goes wrong in a measurement, instead of warning once and logging NaN.
+
+    Attributes:
+        estimates: the last measurement of each ``"lyapunov/<layer>/max"``, and of ``"lyapunov/max"``, as an
+            :class:`Estimate`.
 
     Raises:
         ValueError: if an argument is out of range; at the start of a fit, if the model has no layer of a name in
@@ -108,6 +122,7 @@ class LyapunovMonitor(Callback):
         self.num_exponents, self.warmup = num_exponents, warmup
         self.qr_interval: int | Literal["auto"] = qr_interval
         self.dtype, self.log_spectrum, self.strict = dtype, log_spectrum, strict
+        self.estimates: dict[str, Estimate] = {}
         self._history: dict[str, dict[str, list[Tensor]]] = {}
         self._run: _Run | None = None
 
@@ -185,31 +200,30 @@ class LyapunovMonitor(Callback):
         run.measured_step = trainer.global_step
         cells = {}
         for name, (_, layer) in run.layers.items():
-            cells.update(self._measure_layer(name, layer, run, trainer.strategy.root_device))
+            cells.update(self._measure_layer(trainer, run, name, layer))
         self._publish(trainer, run, cells, step)
 
     def _measure_layer(
-        self, name: str, layer: RecurrentLayer, run: "_Run", device: torch.device
+        self, trainer: Any, run: "_Run", name: str, layer: RecurrentLayer
     ) -> dict[str, dict[str, Tensor]]:
         """Return the metrics of each cell of a layer, over the sequences of all ranks."""
-        measured = {}
+        measured, device = {}, trainer.strategy.root_device
         # On a rank that has nothing to add, or fails, the others wait for it at the sums: it takes part all the same.
         growths = self._layer_growth(name, layer, run)
         for index, cell in enumerate(layer.cell_names):
-            size = layer.state_sizes[index]
-            count = size if self.num_exponents is None else min(self.num_exponents, size)
+            count = self._num_exponents_of(layer, index, trainer)
             metrics = lyapunov_metrics(count).to("cpu" if device.type == "mps" else device)
             spectrum, steps = growths[index] if growths else (torch.empty(0, count), torch.empty(0))
+            if growths is None:
+                spectrum, steps = torch.full((1, count), math.nan), torch.full((1,), math.nan)
             metrics.update(spectrum, steps=steps)
-            key = f"{name}.{cell}" if len(layer.cell_names) > 1 else name
-            values = metrics.compute()
-            measured[key] = run.latest.setdefault(key, values) if values["num_sequences"] == 0 else values
+            measured[f"{name}.{cell}" if len(layer.cell_names) > 1 else name] = metrics.compute()
         return measured
 
-    def _layer_growth(self, name: str, layer: RecurrentLayer, run: "_Run") -> list[tuple[Tensor, Tensor]]:
+    def _layer_growth(self, name: str, layer: RecurrentLayer, run: "_Run") -> list[tuple[Tensor, Tensor]] | None:
         """Return exponents ``(sequences, num_exponents)`` and steps ``(sequences,)`` of each cell, on this rank.
 
-        Nothing for a layer that was not called; NaN for one that could not be measured.
+        Nothing for a layer that was not called; None for one that could not be measured.
         """
         try:
             if name in run.recorder.errors:
@@ -238,28 +252,43 @@ class LyapunovMonitor(Callback):
                 f"The Lyapunov spectrum of `{name}` could not be measured; its values are NaN and training goes on. "
                 f"{type(error).__name__}: {error} To raise this error, write `LyapunovMonitor(strict=True)`."
             )
-            sizes = [
-                size if self.num_exponents is None else min(self.num_exponents, size) for size in layer.state_sizes
-            ]
-            return [(torch.full((1, size), math.nan), torch.full((1,), math.nan)) for size in sizes]
+            return None
         return [
             ((growth.total / growth.steps.unsqueeze(-1)).flatten(0, 1), growth.steps.flatten()) for _, growth in growths
         ]
 
+    def _num_exponents_of(self, layer: RecurrentLayer, index: int, trainer: Any) -> int:
+        """Return how many exponents of a cell to compute, the same on every rank."""
+        size = layer.state_sizes[index]
+        if isinstance(layer, CustomLayer):
+            # Its size is known from its first call, and another rank may have seen that.
+            known = torch.tensor(float(size), device=trainer.strategy.root_device)
+            size = int(trainer.strategy.reduce(known, reduce_op="max")) or (self.num_exponents or 1)
+        return size if self.num_exponents is None else min(self.num_exponents, size)
+
     # Where the numbers go
 
     def _publish(self, trainer: Any, run: "_Run", cells: dict[str, dict[str, Tensor]], step: int) -> None:
-        run.latest = cells
-        # A layer that was not called, or not measured, must not end a run; NaN in one that was is the network's own.
-        measured = [metrics for metrics in cells.values() if metrics["num_sequences"] > 0] or [run.worst]
-        run.worst = max(measured, key=lambda metrics: float(metrics.get("max", _NAN).nan_to_num(math.inf)))
-        scalars = {f"lyapunov/{name}": run.worst.get(name, _NAN) for name in ("max", "max_stderr")}
+        scalars = {}
         for cell, metrics in cells.items():
+            if metrics["num_sequences"] == 0:
+                metrics = run.latest.get(cell, metrics)
+            # A layer that was not called or not measured must not end a run; NaN in one that was is the network's own.
+            elif metrics["num_sequences"] > 0:
+                values = float(metrics["max"]), float(metrics["max_stderr"]), int(metrics["num_sequences"])
+                run.measured[f"lyapunov/{cell}/max"] = Estimate(*values, layer=cell, step=step)
+            run.latest[cell] = metrics
             scalars.update({f"lyapunov/{cell}/{name}": metrics[name] for name in _LOGGED})
             history = self._history.setdefault(cell, {"step": [], "spectrum": [], "stderr": []})
             history["step"].append(torch.tensor(step))
             history["spectrum"].append(metrics["spectrum"].float().cpu().reshape(-1))
             history["stderr"].append(metrics["stderr"].float().cpu().reshape(-1))
+        value = stderr = math.nan
+        self.estimates = dict(run.measured)
+        if run.measured:
+            worst = max(run.measured.values(), key=lambda estimate: (math.isnan(estimate.value), estimate.value))
+            self.estimates["lyapunov/max"], (value, stderr, *_) = worst, worst
+        scalars["lyapunov/max"], scalars["lyapunov/max_stderr"] = torch.tensor(value), torch.tensor(stderr)
 
         device = trainer.strategy.root_device
         trainer.callback_metrics.update({key: value.float().to(device) for key, value in scalars.items()})
@@ -305,7 +334,7 @@ class _Run:
     recorder: Recorder
     sequences: dict[str, Sequences] = field(default_factory=dict)
     latest: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    worst: dict[str, Tensor] = field(default_factory=dict)
+    measured: dict[str, Estimate] = field(default_factory=dict)
     measured_step: int | None = None
     # Where a recorded batch started, and how many optimizer steps the longest took.
     started_at: int = 0

@@ -89,9 +89,7 @@ class CustomLayer(RecurrentLayer):
 
     @property
     def state_sizes(self) -> tuple[int, ...]:
-        if self._layout is None:
-            raise RuntimeError(f"The size of the state of {type(self.module).__name__} is not known before a call.")
-        return (self._layout.size,)
+        return (0 if self._layout is None else self._layout.size,)
 
     @property
     def dtype(self) -> torch.dtype | None:

@@ -54,7 +54,7 @@ class RecurrentLayer(ABC):
     @property
     @abstractmethod
     def state_sizes(self) -> tuple[int, ...]:
-        """The number of real directions of the state of each cell; known, for a custom layer, from its first call."""
+        """The number of real directions of the state of each cell; 0 for a custom layer before its first call."""
 
     @property
     @abstractmethod

@@ -1,0 +1,167 @@
+"""``InstabilityStopping``: end a run whose dynamics have become unstable, and not one that only looks so by chance."""
+
+import math
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+
+from lightning_lyapunov.callback import Estimate, LyapunovMonitor
+
+__all__ = ["InstabilityStopping", "student_t_quantile"]
+
+
+class InstabilityStopping(EarlyStopping):
+    """Stop training when a Lyapunov exponent is above a threshold beyond doubt.
+
+    It reads what a :class:`LyapunovMonitor` among the callbacks measures, and counts measurements, not epochs. A
+    measurement counts against the run if the lower confidence bound of the exponent is above the threshold: ``value - t
+    stderr``, with Student's quantile for the number of sequences. It is a subclass of Lightning's ``EarlyStopping``, so
+    that Lightning orders it as one.
+
+    Args:
+        threshold: the exponent, in nats per step, above which the dynamics count as unstable.
+        patience: how many measurements in a row must be above the threshold.
+        confidence: the probability that a measurement of an exponent at the threshold does not count, from 0.5 to 1.
+        monitor: the exponent to watch: ``"lyapunov/max"`` or ``"lyapunov/<layer>/max"``.
+        lower_threshold: stop, too, when the upper confidence bound has been below this exponent for ``patience``
+            measurements, because the network's memory has died; None to let it.
+        verbose: say why in one sentence. It is kept in ``stopping_reason_message``.
+
+    Raises:
+        ValueError: if an argument is out of range; at the start of a fit, if no callback is a ``LyapunovMonitor``; at
+            the first measurement, if no layer has the name in ``monitor``.
+
+    Example::
+
+        >>> callbacks = [LyapunovMonitor(every_n_train_steps=100), InstabilityStopping(threshold=0.05)]
+    """
+
+    def __init__(
+        self,
+        threshold: float = 0.0,
+        *,
+        patience: int = 2,
+        confidence: float = 0.95,
+        monitor: str = "lyapunov/max",
+        lower_threshold: float | None = None,
+        verbose: bool = True,
+    ) -> None:
+        if not isinstance(patience, int) or patience < 1:
+            raise ValueError(f"`patience={patience!r}` must be a number of measurements, 1 or more.")
+        if not 0.5 <= confidence < 1:
+            raise ValueError(f"`confidence={confidence}` must be from 0.5 to 1, such as 0.95.")
+        if not math.isfinite(threshold):
+            raise ValueError(f"`threshold={threshold}` must be an exponent in nats per step, such as 0.0.")
+        if lower_threshold is not None and not lower_threshold < threshold:
+            raise ValueError(f"`lower_threshold={lower_threshold}` must be below `threshold={threshold}`.")
+        super().__init__(monitor, patience=patience, verbose=verbose)
+        self.threshold, self.confidence, self.lower_threshold = threshold, confidence, lower_threshold
+        self._side = ""
+        self._seen: Estimate | None = None
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(monitor=self.monitor, threshold=self.threshold)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "side": self._side}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._side = state_dict["side"]
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if not any(isinstance(callback, LyapunovMonitor) for callback in trainer.callbacks):
+            raise ValueError(
+                "`InstabilityStopping` has nothing to read. Add a monitor: `callbacks=[LyapunovMonitor(), "
+                "InstabilityStopping()]`."
+            )
+        self._seen = None
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._check(trainer)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self._check(trainer)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Do nothing: there is no measurement between two batches."""
+
+    def _check(self, trainer: Any) -> None:
+        """Judge the last measurement, once. It is the same on every rank, and so is the number of calls."""
+        estimate = self._newest(trainer)
+        if estimate is None or estimate is self._seen or trainer.fast_dev_run:
+            return
+        self._seen = estimate
+        side = self._judge(estimate)
+        self.wait_count = self.wait_count + 1 if side and side == self._side else int(bool(side))
+        self._side = side
+        stop = self.wait_count >= self.patience or side == "not finite"
+        if trainer.strategy.reduce_boolean_decision(stop, all=False):
+            trainer.should_stop = True
+            self.stopped_epoch = trainer.current_epoch
+            self.stopping_reason = (
+                EarlyStoppingReason.NON_FINITE_METRIC
+                if side == "not finite"
+                else EarlyStoppingReason.DIVERGENCE_THRESHOLD
+            )
+            self.stopping_reason_message = self._sentence(estimate, side)
+            if self.verbose:
+                self._log_info(trainer, self.stopping_reason_message, self.log_rank_zero_only)
+
+    def _newest(self, trainer: Any) -> Estimate | None:
+        monitors = [callback for callback in trainer.callbacks if isinstance(callback, LyapunovMonitor)]
+        measured = [callback.estimates for callback in monitors if callback.estimates]
+        found = [estimates[self.monitor] for estimates in measured if self.monitor in estimates]
+        if measured and not found:
+            available = "`, `".join(key for estimates in measured for key in estimates)
+            raise ValueError(f"`monitor={self.monitor!r}` is not measured. Write one of `{available}`.")
+        return max(found, key=lambda estimate: estimate.step, default=None)
+
+    def _judge(self, estimate: Estimate) -> str:
+        """Return on which side of the thresholds the exponent is beyond doubt; nothing if on none."""
+        if not math.isfinite(estimate.value):
+            return "not finite"
+        margin = student_t_quantile(self.confidence, estimate.num_sequences - 1) * estimate.stderr
+        if estimate.value - margin > self.threshold:
+            return "above"
+        if self.lower_threshold is not None and estimate.value + margin < self.lower_threshold:
+            return "below"
+        return ""
+
+    def _sentence(self, estimate: Estimate, side: str) -> str:
+        where = f"Training stops at step {estimate.step}: the largest Lyapunov exponent of `{estimate.layer}`"
+        if side == "not finite":
+            return f"{where} is not finite, because the network is not."
+        value = f"{where} is {estimate.value:+.3f} ± {estimate.stderr:.3f} nats per step"
+        sure = f"with {self.confidence:.0%} confidence in {self.wait_count} measurements in a row"
+        if side == "above":
+            grows = f"perturbations and gradients grow {math.exp(min(10 * estimate.value, 700)):.3g}-fold in 10 steps"
+            return f"{value}, above {self.threshold:g} {sure}; {grows}."
+        return f"{value}, below {self.lower_threshold:g} {sure}; its memory lasts {-1 / estimate.value:.2g} steps."
+
+
+def student_t_quantile(probability: float, degrees: int) -> float:
+    r"""Return the quantile of Student's distribution; infinity for no degree of freedom.
+
+    With ``t = sqrt(degrees) tan(a)`` its density is proportional to ``cos(a)^(degrees - 1)``, which is summed by the
+    trapezoidal rule.
+
+    Args:
+        probability: from 0.5 to 1.
+        degrees: the degrees of freedom; less than 1 leaves everything possible.
+
+    Example::
+
+        >>> round(student_t_quantile(0.95, 15), 3)
+        1.753
+    """
+    if degrees < 1:
+        return math.inf
+    angles = np.linspace(0, np.pi / 2, 20_001)
+    density = np.cos(angles) ** (degrees - 1)
+    areas = np.concatenate(([0.0], np.cumsum((density[1:] + density[:-1]) / 2)))
+    angle = np.interp(2 * probability - 1, areas / areas[-1], angles)
+    return float(np.sqrt(degrees) * np.tan(angle))
