@@ -17,15 +17,13 @@ from pathlib import Path
 import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_lyapunov import LyapunovMonitor, kaplan_yorke_dimension
+from lightning_lyapunov import InstabilityStopping, LyapunovMonitor, kaplan_yorke_dimension
 
 STEPS_PER_EPOCH, BATCH_SIZE, WINDOW = 30, 32, 100
-THRESHOLD = 0.05  # nats per step: the largest exponent that is let pass
 
 
 class Windows(Dataset[tuple[Tensor, Tensor]]):
@@ -114,21 +112,17 @@ def print_table(losses: Losses, monitor: LyapunovMonitor) -> None:
         )
 
 
-def sentence(exponents: list[float], epochs: int) -> str:
+def sentence(exponents: list[float], rule: InstabilityStopping, epochs: int) -> str:
     """Say what the dynamics did."""
     first, last = exponents[0], exponents[-1]
-    if last > THRESHOLD:
-        return (
-            f"The dynamics became unstable: λ1 went from {first:+.3f} to {last:+.3f} nats per step, so that gradients "
-            f"grow by {last * WINDOW / math.log(10):.1f} decades in {WINDOW} steps; the rule (λ1 > {THRESHOLD}) "
-            f"stopped the run after {len(exponents) - 1} of {epochs} epochs."
-        )
-    memory = (
-        f"a perturbation now lasts 1/|λ1| = {-1 / last:.0f} steps, at first {-1 / first:.0f}"
-        if max(first, last) < 0
-        else "it is at the edge of chaos"
-    )
-    return f"The dynamics stayed stable: λ1 went from {first:+.3f} to {last:+.3f} nats per step; {memory}."
+    change = f"λ1 went from {first:+.3f} to {last:+.3f} nats per step"
+    if reason := rule.stopping_reason_message:
+        spared = f"{epochs - rule.stopped_epoch - 1} of {epochs} epochs were spared"
+        return f"The dynamics became unstable: {change}; {spared}.\n{reason}"
+    if max(first, last) < 0:
+        memory = f"a perturbation now lasts 1/|λ1| = {-1 / last:.0f} steps, at first {-1 / first:.0f}"
+        return f"The dynamics stayed stable: {change}; {memory}."
+    return f"The dynamics stayed stable, at the edge of chaos: {change}."
 
 
 def main() -> None:
@@ -146,14 +140,10 @@ def main() -> None:
     training, validation = characters.tensor_split([int(0.9 * len(characters))])
     print(f"{len(training):,} characters to learn from, {len(validation):,} to validate, {vocabulary} different ones")
 
-    monitor, losses = LyapunovMonitor(), Losses()
+    monitor, rule, losses = LyapunovMonitor(), InstabilityStopping(verbose=False), Losses()
     trainer = L.Trainer(
         max_epochs=arguments.epochs,
-        callbacks=[
-            monitor,
-            EarlyStopping("lyapunov/max", divergence_threshold=THRESHOLD, patience=arguments.epochs),
-            losses,
-        ],
+        callbacks=[monitor, rule, losses],
         logger=TensorBoardLogger("runs", name="unstable" if arguments.unstable else "quickstart"),
         accelerator="cpu",
         limit_train_batches=STEPS_PER_EPOCH,
@@ -167,7 +157,7 @@ def main() -> None:
         DataLoader(Windows(validation, 4 * BATCH_SIZE), BATCH_SIZE),
     )
     print_table(losses, monitor)
-    print("\n" + sentence(monitor.history["rnn"]["spectrum"][:, 0].tolist(), arguments.epochs))
+    print("\n" + sentence(monitor.history["rnn"]["spectrum"][:, 0].tolist(), rule, arguments.epochs))
     print(f"\nThe dashboard:  tensorboard --logdir {Path('runs').resolve()}")
 
 

@@ -20,6 +20,7 @@ LEVELS = [
     {"functional"},
     {"metrics", "sampling", "dashboard"},
     {"callback"},
+    {"stopping"},
     {"__init__"},
 ]
 each_module = pytest.mark.parametrize("module", TREES)
@@ -65,8 +66,8 @@ def test_the_kernel_needs_torch_only(module):
     assert third_parties(module) == {"torch"}
 
 
-@pytest.mark.parametrize("module", sorted(set(TREES) - {"callback"}))
-def test_only_the_callback_knows_of_a_trainer(module):
+@pytest.mark.parametrize("module", sorted(set(TREES) - {"callback", "stopping"}))
+def test_only_the_callbacks_know_of_a_trainer(module):
     assert not third_parties(module) & {"lightning", "pytorch_lightning"}
     assert "trainer" not in SOURCES[module].lower()
 
