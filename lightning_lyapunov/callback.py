@@ -230,7 +230,8 @@ class LyapunovMonitor(Callback):
                 raise run.recorder.errors[name]
             if name not in run.sequences:
                 run.warn(
-                    f"The recurrent layer `{name}` was not called in a training step: its last values are repeated."
+                    f"The recurrent layer `{name}` was not called in a training step (or it is compiled with others as "
+                    "one graph). Its last values are repeated."
                 )
                 return []
             sequences = run.sequences[name]
@@ -330,7 +331,7 @@ class LyapunovMonitor(Callback):
 class _Run:
     """What belongs to one fit."""
 
-    layers: dict[str, tuple[nn.Module, RecurrentLayer]]
+    layers: dict[str, tuple[nn.Module | None, RecurrentLayer]]
     recorder: Recorder
     sequences: dict[str, Sequences] = field(default_factory=dict)
     latest: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -348,23 +349,28 @@ class _Run:
             warnings.warn(message, stacklevel=2)
 
 
-def _find_layers(model: nn.Module, names: Sequence[str] | None) -> dict[str, tuple[nn.Module, RecurrentLayer]]:
+def _find_layers(model: nn.Module, names: Sequence[str] | None) -> dict[str, tuple[nn.Module | None, RecurrentLayer]]:
     """Return the layers to watch by name.
 
     Raises:
         ValueError: if there are none, or none of a name.
     """
-    # torch.compile wraps a module in another, which goes by the name that the user gave.
-    modules = {name: module for name, module in model.named_modules() if not name.endswith("_orig_mod")}
-    recurrent = [name for name, module in modules.items() if is_recurrent(getattr(module, "_orig_mod", module))]
-    found = ", ".join(f"`{name}` ({type(modules[name]).__name__})" for name in recurrent) or "none"
+    # torch.compile wraps a module in another; both go by the name that the user gave, and so does a shared module.
+    modules: dict[str, nn.Module] = {}
+    one_graph = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        modules.setdefault(_without_wrappers(path), module)
+        if getattr(getattr(module, "dynamo_ctx", None), "fullgraph", False):
+            one_graph[_without_wrappers(path)] = module
+    recurrent = {name: module for name, module in modules.items() if is_recurrent(getattr(module, "_orig_mod", module))}
+    found = ", ".join(f"`{name}` ({type(module).__name__})" for name, module in recurrent.items()) or "none"
     if names is None and not recurrent:
         raise ValueError(
             f"{type(model).__name__} has no recurrent layer of torch.nn. Name the module to watch, "
             '`LyapunovMonitor(modules="...")`, or teach its class with `register_layer`.'
         )
-    layers = {}
-    for name in names or recurrent:
+    layers: dict[str, tuple[nn.Module | None, RecurrentLayer]] = {}
+    for name in map(_without_wrappers, names or recurrent):
         if name not in modules:
             raise ValueError(f"`modules` names `{name}`, which the model does not have. Its recurrent layers: {found}.")
         try:
@@ -373,8 +379,15 @@ def _find_layers(model: nn.Module, names: Sequence[str] | None) -> dict[str, tup
             raise ValueError(
                 f"`modules`: `{name}` cannot be watched. {error} The recurrent layers: {found}."
             ) from error
-        layers[name.replace("_orig_mod.", "")] = (modules[name], layer)
+        if not any(layer.module is other.module for _, other in layers.values()):
+            # A hook breaks a compiled graph: where that is an error it can only stand outside.
+            inside = any(name.startswith(f"{path}.") for path in one_graph)
+            layers[name] = (None if inside else one_graph.get(name, layer.module), layer)
     return layers
+
+
+def _without_wrappers(path: str) -> str:
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
 
 
 def _check_at_least(low: int, **arguments: int | None) -> None:

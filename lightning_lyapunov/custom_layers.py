@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from inspect import signature
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class CallableLayer(RecurrentLayer):
     def drive(self, sequences: Sequences) -> Iterator[Driven]:
         state = sequences.states[0]
         try:
-            returned = self._step(state, sequences.inputs[0])
+            returned = self._step(state.clone(), sequences.inputs[0])
         except (RuntimeError, IndexError) as error:
             raise ValueError(
                 f"`dynamics` fails on a state {tuple(state.shape)} and an input "
@@ -124,27 +125,21 @@ class CustomLayer(RecurrentLayer):
             )
         return Sequences(inputs, states.unsqueeze(0), torch.full((inputs.shape[1],), inputs.shape[0]))
 
-    def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
+    def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call | None:
         if self._read_call is not None:
             return Call(self._sequences(*self._read_call(self.module, *args, **kwargs)), None)
-        inputs, state = self._input_and_state(args, kwargs)
-        final = output if state is None else _StateLayout(state).find(output)
-        if state is None:
-            # The cell makes its own first state: the sequence starts after it.
-            final = output[-1] if isinstance(output, tuple) and len(output) == 2 else output
-            sequences = self._sequences(inputs.new_zeros(0, *inputs.shape), final)
-        else:
-            sequences = self._sequences(inputs.unsqueeze(0), state)
-        return Call(sequences, _StateLayout(final).flatten(final).unsqueeze(0))
-
-    def _input_and_state(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
-        values = [*args, *kwargs.values()]
-        if not 1 <= len(values) <= 2 or not isinstance(values[0], Tensor):
+        given = list(signature(self.module.forward).bind(*args, **kwargs).arguments.values())
+        if not 1 <= len(given) <= 2 or not isinstance(given[0], Tensor):
             raise TypeError(
                 f"{type(self.module).__name__} is not called as (input, state). Register it: "
                 "`register_layer(cls, step=..., read_call=...)`."
             )
-        return values[0], values[1] if len(values) == 2 else None
+        if len(given) == 1 or given[1] is None:
+            # The cell makes its own first state: the sequence starts with the next call.
+            return None
+        inputs, state = given
+        sequences, layout = self._sequences(inputs.unsqueeze(0), state), _StateLayout(state)
+        return Call(sequences, layout.flatten(layout.find(output)).unsqueeze(0))
 
     def drive(self, sequences: Sequences) -> Iterator[Driven]:
         assert self._layout is not None
@@ -155,7 +150,7 @@ class CustomLayer(RecurrentLayer):
             if dtype is not None:
                 inputs, state = inputs.to(dtype) if inputs.is_floating_point() else inputs, state.to(dtype)
             try:
-                after = step(state, inputs[0])
+                after = step(state.clone(), inputs[0])
             except Exception as error:
                 # Tensors that are no parameters or buffers keep their dtype: then the module's own is the one to use.
                 errors.append(error)
@@ -184,17 +179,17 @@ def _call(module: nn.Module, inputs: Any, state: Any) -> Any:
 
 def _still_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return a copy in evaluation mode, without hooks or gradients: calling it leaves the original untouched."""
-    # Tensors that hang on a graph refuse to be copied.
+    # Tensors that hang on a graph refuse to be copied, wherever the module keeps them.
+    kept = pytree.tree_leaves([part.__dict__ for part in module.modules()])
     memo: dict[int, Any] = {
-        id(value): value.detach()
-        for part in module.modules()
-        for value in part.__dict__.values()
-        if isinstance(value, Tensor) and value.grad_fn is not None
+        id(value): value.detach().clone() for value in kept if isinstance(value, Tensor) and value.grad_fn is not None
     }
     still = copy.deepcopy(module, memo).eval().requires_grad_(False)
     for part in still.modules():
         for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
-            hooks.clear()
+            # Those of torch, pruning and the older norms, make weights.
+            for key in [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils.")]:
+                del hooks[key]
     return still._apply(lambda tensor: _cast(tensor, dtype))
 
 

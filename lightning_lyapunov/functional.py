@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lyapunov.custom_layers import CallableLayer
 from lightning_lyapunov.layers import as_layer
+from lightning_lyapunov.recurrence import AutodiffRecurrence
 from lightning_lyapunov.sequences import Driven, RecurrentLayer, Sequences
 from lightning_lyapunov.spectrum import FLOOR, Growth, log_growth
 
@@ -159,8 +160,20 @@ def jacobians(
         states = [torch.cat([driven.state for driven in cells], -1)]
         for step_inputs in cells[0].inputs:
             states.append(step(states[-1], step_inputs))
-        derivative = torch.func.jacrev(lambda s, x: step(s.unsqueeze(0), x.unsqueeze(0)).squeeze(0))
-        matrices = torch.func.vmap(torch.func.vmap(derivative))(torch.stack(states[:-1]), cells[0].inputs)
+        before = torch.stack(states[:-1])
+        try:
+            derivative = torch.func.jacrev(lambda s, x: step(s.unsqueeze(0), x.unsqueeze(0)).squeeze(0))
+            matrices = torch.func.vmap(torch.func.vmap(derivative))(before, cells[0].inputs)
+        except (RuntimeError, NotImplementedError, ValueError):
+            # A part of the step has no batching rule: step by step, in whatever way works.
+            plain = AutodiffRecurrence(step, before.shape[-1])
+            identity = torch.eye(before.shape[-1]).to(before).expand(before.shape[1], -1, -1)
+            matrices = torch.stack(
+                [
+                    plain.push_forward(state.unsqueeze(0), step_inputs.unsqueeze(0), identity)
+                    for state, step_inputs in zip(before, cells[0].inputs, strict=True)
+                ]
+            )
         ended = torch.arange(len(matrices)).unsqueeze(-1) >= sequences.lengths
         return matrices.masked_fill(ended.to(matrices.device)[..., None, None], torch.nan)
 

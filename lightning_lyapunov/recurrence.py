@@ -70,7 +70,7 @@ class AutodiffRecurrence(Recurrence):
         self._push: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     def step(self, state: Tensor, inputs: Tensor) -> Tensor:
-        return self._step(state, inputs)
+        return self._step(state.clone(), inputs)  # a step may write over its state
 
     def push_forward(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
         frame = frame.to(states.dtype)
@@ -92,13 +92,13 @@ class AutodiffRecurrence(Recurrence):
 
     def _push_by_forward_mode(self, state: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
         def derivative_along(tangent: Tensor) -> Tensor:
-            return torch.func.jvp(lambda s: self._step(s, inputs), (state,), (tangent,))[1]
+            return torch.func.jvp(lambda s: self.step(s, inputs), (state,), (tangent,))[1]
 
         return torch.func.vmap(derivative_along, in_dims=-1, out_dims=-1)(frame)
 
     def _push_by_reverse_mode(self, state: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
         def one(s: Tensor, x: Tensor) -> Tensor:
-            return self._step(s.unsqueeze(0), x.unsqueeze(0)).squeeze(0)
+            return self.step(s.unsqueeze(0), x.unsqueeze(0)).squeeze(0)
 
         return torch.func.vmap(torch.func.jacrev(one))(state, inputs) @ frame
 
@@ -106,7 +106,7 @@ class AutodiffRecurrence(Recurrence):
         with torch.inference_mode(False), torch.enable_grad():
             # Copies, because tensors made in inference mode cannot be saved for a backward pass.
             before = state.clone().requires_grad_()
-            after = self._step(before, inputs.clone())
+            after = self.step(before, inputs.clone())
             # The members of the batch are independent: the gradient of a sum over them holds a row for each.
             rows = [
                 torch.autograd.grad(component.sum(), before, retain_graph=True, materialize_grads=True)[0]

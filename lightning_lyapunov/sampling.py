@@ -21,13 +21,13 @@ class Recorder:
     final state of another goes on with its sequences: so do cells in a loop, decoders and truncated backpropagation.
 
     Args:
-        layers: the modules to record, and the layers that they are, by name.
+        layers: the modules to record, None for one that must not be hooked, and the layers that they are, by name.
         num_sequences: how many sequences to keep of a step, spread evenly over what the layer was called with.
         max_steps: how many steps to keep of each, from its start.
     """
 
     def __init__(
-        self, layers: Mapping[str, tuple[nn.Module, RecurrentLayer]], num_sequences: int, max_steps: int
+        self, layers: Mapping[str, tuple[nn.Module | None, RecurrentLayer]], num_sequences: int, max_steps: int
     ) -> None:
         self._layers = layers
         self._num_sequences, self._max_steps = num_sequences, max_steps
@@ -45,6 +45,8 @@ class Recorder:
         self.stop()
         self._chains, self.errors = {name: [] for name in self._layers}, {}
         for name, (module, _) in self._layers.items():
+            if module is None:
+                continue
             self._handles.append(module.register_forward_hook(_Hook(self, name), with_kwargs=True))
 
     def stop(self) -> None:
@@ -65,7 +67,9 @@ class Recorder:
         """Record one call of a layer."""
         try:
             with torch.no_grad():
-                self._record(self._chains[name], self._layers[name][1].read_call(args, kwargs, output))
+                call = self._layers[name][1].read_call(args, kwargs, output)
+                if call is not None:
+                    self._record(self._chains[name], call)
         except Exception as error:  # the user's forward goes on; the callback says what happened
             self.errors[name] = error
 
@@ -91,6 +95,7 @@ class _Hook:
     def __init__(self, recorder: Recorder | None = None, name: str = "") -> None:
         self._recorder, self._name = recorder, name
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._recorder is not None:
             self._recorder.record(self._name, args, kwargs, output)

@@ -46,9 +46,11 @@ class RecurrentLayer(ABC):
     """A layer whose calls are sequences and whose cells are recurrences.
 
     Attributes:
+        module: the module, if it is one.
         cell_names: PyTorch's own suffixes: ``l0``, ``l0_reverse``, ``l1`` ...; one empty name for a single cell.
     """
 
+    module: Any = None
     cell_names: tuple[str, ...]
 
     @property
@@ -66,8 +68,8 @@ class RecurrentLayer(ABC):
         """Return as sequences what :func:`~lightning_lyapunov.lyapunov_spectrum` is called with."""
 
     @abstractmethod
-    def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
-        """Return one call of the module's ``forward``."""
+    def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call | None:
+        """Return one call of the module's ``forward``; None for one that starts from no known state."""
 
     @abstractmethod
     def drive(self, sequences: Sequences) -> Iterator[Driven]:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -65,10 +65,15 @@ class StackedLayer(RecurrentLayer):
         return states.unsqueeze(1) if batch is None else states
 
     def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
-        # Subclasses may take more: of theirs, `lengths` says how much of a padded batch is data.
-        arguments = signature(self.module.forward).bind(*args, **kwargs).arguments
-        inputs, *_ = arguments.values()
-        sequences = self.read(inputs, arguments.get("hx"), arguments.get("lengths"))
+        # Subclasses may name the input otherwise, or take more: of theirs, `lengths` says how much of a padded batch is
+        # data.
+        arguments = _by_name(self.module.forward, args, kwargs)
+        inputs = arguments["input"] if "input" in arguments else next(iter(arguments.values()))
+        lengths = arguments.get("lengths")
+        sequences = self.read(inputs, arguments.get("hx"), None if lengths is None else torch.as_tensor(lengths))
+        # The two directions end at different steps: no call goes on from both.
+        if self.module.bidirectional or not (isinstance(output, tuple) and len(output) == 2):
+            return Call(sequences, None)
         unbatched = isinstance(inputs, Tensor) and inputs.ndim == 2
         batch = None if unbatched else sequences.inputs.shape[1]
         return Call(sequences, self._read_state(output[1], batch, sequences.inputs.device))
@@ -76,21 +81,17 @@ class StackedLayer(RecurrentLayer):
     def drive(self, sequences: Sequences) -> Iterator[Driven]:
         inputs = sequences.inputs.to(trajectory_dtype(sequences.inputs.device))
         states = iter(sequences.states.to(inputs))
-        module = _readable(self.module)
-        for layer in range(module.num_layers):
+        for layer in range(self.module.num_layers):
             outputs = []
             for direction in self.directions:
                 name = f"l{layer}{direction}"
-                recurrence, state = self._recurrence(module, name, inputs), next(states)
+                recurrence, state = _closed_form(self.module, self.module.mode, f"_{name}", inputs), next(states)
                 driving = _reversed_in_time(inputs, sequences.lengths) if direction else inputs
                 yield Driven(name, recurrence, driving, state)
-                if layer + 1 < module.num_layers:
+                if layer + 1 < self.module.num_layers:
                     output = recurrence.output(recurrence.trajectory(driving, state))
                     outputs.append(_reversed_in_time(output, sequences.lengths) if direction else output)
             inputs = torch.cat(outputs, -1) if outputs else inputs
-
-    def _recurrence(self, module: nn.RNNBase, name: str, like: Tensor) -> Recurrence:
-        return _closed_form(module, module.mode, f"_{name}", like)
 
 
 class CellLayer(RecurrentLayer):
@@ -125,7 +126,7 @@ class CellLayer(RecurrentLayer):
         return Sequences(inputs, state.unsqueeze(0), torch.full((batch,), time))
 
     def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
-        arguments = signature(self.module.forward).bind(*args, **kwargs).arguments
+        arguments = _by_name(self.module.forward, args, kwargs)
         inputs, state = arguments["input"], arguments.get("hx")
         if inputs.ndim == 1:
             inputs = inputs.unsqueeze(0)
@@ -135,7 +136,7 @@ class CellLayer(RecurrentLayer):
 
     def drive(self, sequences: Sequences) -> Iterator[Driven]:
         inputs = sequences.inputs.to(trajectory_dtype(sequences.inputs.device))
-        module = _readable(self.module)
+        module = self.module
         kind = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}
         mode = next((mode for cell, mode in kind.items() if isinstance(module, cell)), None)
         recurrence = _closed_form(module, mode or f"RNN_{module.nonlinearity}", "", inputs)
@@ -146,12 +147,15 @@ def _closed_form(module: nn.Module, mode: str, suffix: str, like: Tensor) -> Rec
     """Return the recurrence of the weights of ``module`` that end in ``suffix``, in the dtype of ``like``."""
 
     def weight(kind: str) -> Tensor | None:
-        value = getattr(module, kind + suffix, None)
-        if value is None:
+        name = kind + suffix
+        if parametrize.is_parametrized(module, name):
+            # Reading it in training would leave a trace: the spectral norm then takes a step.
+            value = copy.deepcopy(module.get_submodule(f"parametrizations.{name}")).eval()()
+        elif hasattr(module, f"{name}_mask"):
+            # A pruned weight is refreshed at the next forward; until then its two factors are what is true.
+            value = getattr(module, f"{name}_orig") * getattr(module, f"{name}_mask")
+        elif (value := getattr(module, name, None)) is None:
             return None
-        # A pruned weight is refreshed at the next forward; until then its two factors are what is true.
-        if (mask := getattr(module, f"{kind}{suffix}_mask", None)) is not None:
-            value = getattr(module, f"{kind}{suffix}_orig") * mask
         value = value.detach().to(like)
         # A gate would swallow an infinite bias: a network that is not finite has no spectrum.
         return value.where(value.isfinite().all(), torch.nan)
@@ -164,12 +168,13 @@ def _closed_form(module: nn.Module, mode: str, suffix: str, like: Tensor) -> Rec
     return RNNRecurrence(*weights, nonlinearity=mode.removeprefix("RNN_").lower())
 
 
-def _readable(module: Any) -> Any:
-    """Return a module whose weights can be read without a trace.
-
-    A parametrisation may change its buffers when it is read in training: the spectral norm does.
-    """
-    return copy.deepcopy(module).eval() if parametrize.is_parametrized(module) else module
+def _by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name; those behind ``*args`` go by the names that torch's own layers have."""
+    positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    names = [name for name, parameter in signature(forward).parameters.items() if parameter.kind in positional]
+    names += ["input", "hx"][len(names) :]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {name: given[name] for name in [*names, *given] if name in given}
 
 
 def _joined_state(state: Any, shapes: Sequence[tuple[int, ...]]) -> Tensor:

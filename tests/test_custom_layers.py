@@ -893,6 +893,23 @@ def test_a_state_that_changes_its_size_is_refused_by_name():
         lyapunov_spectrum(lambda s, x: torch.cat((s, x), -1), inputs, state)
 
 
+class Halving(nn.Module):
+    """Takes a state of any size."""
+
+    def forward(self, inputs, state):
+        return 0.5 * state
+
+
+def test_calls_with_states_of_two_sizes_are_refused_by_name():
+    cell = Halving()
+    recorder = Recorder({"cell": (cell, as_layer(cell))}, 16, 100)
+    recorder.start()
+    for size in (HIDDEN, HIDDEN + 1):
+        cell(torch.randn(BATCH, FEATURES), torch.randn(BATCH, size))
+    recorder.stop()
+    assert "The state of Halving changes its size or structure: (batch, 6) after (batch, 5)" in str(recorder.errors)
+
+
 def test_a_state_that_changes_its_size_is_said_once_and_training_goes_on(recwarn):
     trainer = fit(GrowingModel(), LyapunovMonitor("rnn"))
     assert trainer.global_step == 6

@@ -232,7 +232,7 @@ def exponents(module, sequences, steps, warmup):
 
 
 def test_false_alarms_on_a_stable_network_near_the_edge_are_rare():
-    # Its exponent is 0.02 below the threshold, which is the scatter between sequences; windows are those of the monitor.
+    # Its exponent is below the threshold by the scatter between sequences; the windows are those of the monitor.
     module = random_network()
     threshold = float(exponents(module, 64, 2000, 500)[:, 0].mean()) + 0.02
     repeats, sequences = 400, 16

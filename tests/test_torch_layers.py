@@ -206,6 +206,17 @@ def test_a_subclass_is_recorded_by_the_lengths_it_is_called_with(kind, batch_fir
 
 
 @packing
+def test_a_batch_of_sequences_without_steps_is_no_sequence(kind):
+    module = kind(FEATURES, HIDDEN).double()
+    recorder = Recorder({"layer": (module, as_layer(module))}, 16, 100)
+    recorder.start()
+    module(randn(TIME, BATCH, FEATURES), lengths=torch.zeros(BATCH).long())
+    recorder.stop()
+    assert not recorder.errors
+    assert recorder.sequences() == {}
+
+
+@packing
 def test_lengths_may_be_a_list(kind):
     module = kind(FEATURES, HIDDEN).double()
     inputs, states = randn(TIME, BATCH, FEATURES), random_state(module)[1]
