@@ -1,11 +1,14 @@
 """``LyapunovMonitor``: when to measure, and where the numbers go."""
 
+import csv
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
@@ -13,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lightning_lyapunov import dashboard
 from lightning_lyapunov.custom_layers import CustomLayer
+from lightning_lyapunov.figure import spectrum_figure
 from lightning_lyapunov.functional import layer_growth, working_dtype
 from lightning_lyapunov.layers import as_layer, is_recurrent
 from lightning_lyapunov.metrics import lyapunov_metrics
@@ -146,8 +150,7 @@ class LyapunovMonitor(Callback):
     # When to measure
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        layers = _find_layers(pl_module, self.modules)
-        self._run = _Run(layers, Recorder(layers, self.num_sequences, self.max_steps))
+        self._start_run(pl_module)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self._run and self._due(trainer, self._run, trainer.global_step + self._run.stride):
@@ -171,11 +174,40 @@ class LyapunovMonitor(Callback):
             # At this hook Lightning has already counted one step further.
             self._measure(trainer, self._run, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
 
+    # Outside of training, `trainer.validate` and `trainer.test`: once, at the first batch.
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.state.fn == "validate":
+            self._start_run(pl_module)
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        self._start_run(pl_module)
+
+    def on_validation_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.state.fn != "fit" and self._run and self._run.measured_step is None:
+            self._run.recorder.start()
+
+    def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.state.fn != "fit" and self._run and self._run.recorder.recording:
+            self._run.recorder.stop()
+            self._run.sequences = self._run.recorder.sequences()
+            self._measure(trainer, self._run, trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def on_test_batch_start(self, trainer: Any, *_: Any) -> None:
+        self.on_validation_batch_start(trainer)
+
+    def on_test_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.on_validation_batch_end(trainer)
+
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._end_run()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._end_run()
+
+    def _start_run(self, pl_module: Any) -> None:
+        layers = _find_layers(pl_module, self.modules)
+        self._run = _Run(layers, Recorder(layers, self.num_sequences, self.max_steps))
 
     def _end_run(self) -> None:
         if self._run:
@@ -303,6 +335,53 @@ class LyapunovMonitor(Callback):
                     if self.strict:
                         raise
                     run.warn(f"{type(logger).__name__} did not take a picture: {type(error).__name__}: {error}")
+
+    # Afterwards
+
+    def save_history(self, path: str | Path) -> None:
+        """Write :attr:`history` to a table: a row for each layer, step and exponent.
+
+        Args:
+            path: a ``.csv`` file, with the columns ``layer``, ``step``, ``exponent`` (from 1), ``value``, ``stderr``,
+                or a ``.npz`` file, with the arrays ``<layer>/step``, ``<layer>/spectrum`` and ``<layer>/stderr``.
+
+        Raises:
+            ValueError: if ``path`` ends in neither.
+        """
+        path = Path(path)
+        if path.suffix == ".npz":
+            arrays = {f"{layer}/{key}": array.numpy() for layer, m in self.history.items() for key, array in m.items()}
+            np.savez(path, allow_pickle=False, **arrays)
+        elif path.suffix == ".csv":
+            with path.open("w", newline="", encoding="utf-8") as file:
+                table = csv.writer(file)
+                table.writerow(("layer", "step", "exponent", "value", "stderr"))
+                for layer, m in self.history.items():
+                    for step, values, errors in zip(*(m[key].tolist() for key in m), strict=True):
+                        for exponent, (value, stderr) in enumerate(zip(values, errors, strict=True), 1):
+                            table.writerow((layer, step, exponent, value, stderr))
+        else:
+            raise ValueError(f"`path={str(path)!r}` must end in .csv or .npz.")
+
+    def plot(self, layer: str | None = None) -> Any:
+        """Draw the spectrum of a layer over training, and the last one with its 95 % error band.
+
+        Args:
+            layer: a key of :attr:`history`; by default the one with the largest exponent now.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            ValueError: if nothing has been measured of that layer.
+            ModuleNotFoundError: if matplotlib is not installed.
+        """
+        history = self.history
+        if layer is None and history:
+            layer = max(history, key=lambda name: float(history[name]["spectrum"][-1, 0].nan_to_num(-math.inf)))
+        if layer not in history:
+            raise ValueError(f"`layer={layer!r}` has not been measured. Measured are: {', '.join(history) or 'none'}.")
+        return spectrum_figure(layer, **{name: values.numpy() for name, values in history[layer].items()})
 
     # What is saved
 

@@ -18,7 +18,7 @@ LEVELS = [
     {"torch_layers", "custom_layers"},
     {"layers"},
     {"functional"},
-    {"metrics", "sampling", "dashboard"},
+    {"metrics", "sampling", "dashboard", "figure"},
     {"callback"},
     {"stopping"},
     {"__init__"},

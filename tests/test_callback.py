@@ -1,11 +1,13 @@
 """``LyapunovMonitor`` inside a training that is somebody else's."""
 
 import copy
+import csv
 import itertools
 import math
 import pickle
 
 import lightning.pytorch
+import numpy as np
 import pytest
 import pytorch_lightning
 import torch
@@ -613,12 +615,70 @@ def test_a_second_fit_goes_on_where_the_first_ended():
     assert not hooks_of(model)
 
 
-def test_validation_and_prediction_alone_measure_nothing():
+def test_prediction_measures_nothing():
     monitor = LyapunovMonitor()
-    trainer = make_trainer(monitor)
-    trainer.validate(Regressor(), series(), verbose=False)
-    trainer.predict(Regressor(), [batch[0] for batch in series()])
+    make_trainer(monitor).predict(Regressor(), [batch[0] for batch in series()])
     assert monitor.history == {}
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+@pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
+def test_validate_and_test_measure_once_and_log(stage, cell):
+    class Tested(Regressor):
+        test_step = Regressor.validation_step
+
+    # The first batch of `series` is all that is seen, so the plain function gives the same.
+    model, monitor = Tested(cell), LyapunovMonitor(warmup=2, dtype=torch.float64, strict=True)
+    trainer = make_trainer(monitor)
+    getattr(trainer, stage)(model, series(), verbose=False)
+    expected = lyapunov_spectrum(model.rnn, next(iter(series()))[0], warmup=2, dtype=torch.float64).mean(0)
+    torch.testing.assert_close(monitor.history["rnn"]["spectrum"][0].double(), expected[:16], rtol=0, atol=1e-6)
+    assert monitor.history["rnn"]["step"].tolist() == [0]
+    assert trainer.callback_metrics["lyapunov/max"] == pytest.approx(float(expected[0]), abs=1e-6)
+    assert not hooks_of(model)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".npz"])
+def test_the_history_is_a_table_in_one_call(suffix, tmp_path):
+    monitor = LyapunovMonitor()
+    fit(Regressor(num_layers=2), monitor, max_epochs=2)
+    monitor.save_history(tmp_path / f"history{suffix}")
+    history = monitor.history["rnn.l1"]
+    if suffix == ".npz":
+        table = np.load(tmp_path / "history.npz")
+        assert np.array_equal(table["rnn.l1/spectrum"], history["spectrum"].numpy())
+        assert table["rnn.l0/step"].tolist() == [0, 2, 5]
+        return
+    with (tmp_path / "history.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["layer"] == "rnn.l1"]
+    assert [float(row["value"]) for row in rows] == history["spectrum"].flatten().tolist()
+    assert [float(row["stderr"]) for row in rows] == history["stderr"].flatten().tolist()
+    assert [(row["step"], row["exponent"]) for row in rows[:11]] == [("0", str(i)) for i in range(1, 11)] + [("2", "1")]
+
+
+def test_a_table_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match=r"`path='history.xls'` must end in .csv or .npz"):
+        LyapunovMonitor().save_history("history.xls")
+
+
+def test_plot_draws_the_layer_that_is_worst_or_the_one_that_is_named():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("agg")
+    monitor = LyapunovMonitor()
+    with pytest.raises(ValueError, match=r"`layer=None` has not been measured\. Measured are: none"):
+        monitor.plot()
+    fit(Regressor(num_layers=2), monitor, max_epochs=2)
+    history = monitor.history
+    worst = max(history, key=lambda layer: history[layer]["spectrum"][-1, 0])
+    other = next(layer for layer in history if layer != worst)
+    for layer, asked in ((worst, None), (other, other)):
+        over_training, now, *_ = monitor.plot(asked).axes
+        assert layer in over_training.get_title()
+        assert np.allclose(over_training.images[0].get_array(), history[layer]["spectrum"].T)
+        assert np.allclose(now.lines[1].get_ydata(), history[layer]["spectrum"][-1])
+    with pytest.raises(ValueError, match=r"`layer='head'` has not been measured\. Measured are: rnn\.l0, rnn\.l1"):
+        monitor.plot("head")
+    pyplot.close("all")
 
 
 @pytest.mark.parametrize("pl", [lightning.pytorch, pytorch_lightning], ids=["lightning.pytorch", "pytorch_lightning"])
