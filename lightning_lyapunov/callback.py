@@ -100,23 +100,25 @@ class LyapunovMonitor(Callback):
         log_spectrum: bool = True,
         strict: bool = False,
     ) -> None:
-        _check_at_least(
-            1,
-            every_n_epochs=every_n_epochs,
-            every_n_train_steps=every_n_train_steps,
-            num_sequences=num_sequences,
-            max_steps=max_steps,
-            num_exponents=num_exponents,
-            qr_interval=None if qr_interval == "auto" else qr_interval,
-        )
+        _check_at_least(1, num_sequences=num_sequences, max_steps=max_steps)
         _check_at_least(0, warmup=warmup)
+        optional = {
+            "every_n_epochs": every_n_epochs,
+            "every_n_train_steps": every_n_train_steps,
+            "num_exponents": num_exponents,
+            "qr_interval": None if isinstance(qr_interval, str) and qr_interval == "auto" else qr_interval,
+        }
+        _check_at_least(1, **{name: value for name, value in optional.items() if value is not None})
         if warmup >= max_steps:
             raise ValueError(
                 f"`warmup={warmup}` leaves nothing to average: `max_steps` is {max_steps}. "
                 "Lower `warmup` or raise `max_steps`."
             )
-        if dtype not in (None, torch.float32, torch.float64):
+        if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.float64)):
             raise ValueError(f"`dtype` must be torch.float32, torch.float64 or None, not {dtype}.")
+        names = [modules] if isinstance(modules, str) else modules
+        if names is not None and not (isinstance(names, Sequence) and all(isinstance(name, str) for name in names)):
+            raise TypeError(f"`modules` must be a dotted name, a list of them, or None, not {modules!r:.100}.")
         self.modules = None if modules is None else [modules] if isinstance(modules, str) else list(modules)
         if self.modules == []:
             raise ValueError("`modules` is empty: it names nothing. Name the layers to watch, or write None for all.")
@@ -283,7 +285,8 @@ class LyapunovMonitor(Callback):
                 raise
             run.warn(
                 f"The Lyapunov spectrum of `{name}` could not be measured; its values are NaN and training goes on. "
-                f"{type(error).__name__}: {error} To raise this error, write `LyapunovMonitor(strict=True)`."
+                f"{type(error).__name__}: {error} To raise this error, write `LyapunovMonitor(strict=True)`; for an "
+                "`EarlyStopping` to wait for a first value, `check_finite=False`."
             )
             return None
         return [
@@ -469,7 +472,7 @@ def _without_wrappers(path: str) -> str:
     return ".".join(part for part in path.split(".") if part != "_orig_mod")
 
 
-def _check_at_least(low: int, **arguments: int | None) -> None:
+def _check_at_least(low: int, **arguments: int) -> None:
     for name, value in arguments.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ValueError(f"`{name}={value!r}` must be a whole number, {low} or more.")

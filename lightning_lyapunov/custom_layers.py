@@ -55,13 +55,15 @@ class CallableLayer(RecurrentLayer):
         state = sequences.states[0]
         try:
             returned = self._step(state.clone(), sequences.inputs[0])
-        except (RuntimeError, IndexError) as error:
+        except (RuntimeError, IndexError, TypeError) as error:
             raise ValueError(
                 f"`dynamics` fails on a state {tuple(state.shape)} and an input "
                 f"{tuple(sequences.inputs[0].shape)} of {state.dtype}: {error}"
             ) from error
-        if not isinstance(returned, Tensor) or returned.shape != state.shape:
-            what = tuple(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
+        if not isinstance(returned, Tensor) or returned.shape != state.shape or not returned.is_floating_point():
+            what = type(returned).__name__
+            if isinstance(returned, Tensor):
+                what = str(tuple(returned.shape)) + ("" if returned.is_floating_point() else f" of {returned.dtype}")
             raise ValueError(f"`dynamics` must return a state of shape {tuple(state.shape)}, but it returned {what}.")
         yield Driven("", AutodiffRecurrence(self._step, state.shape[1]), sequences.inputs, state)
 
@@ -120,8 +122,8 @@ class CustomLayer(RecurrentLayer):
         states = layout.flatten(state)
         if states.shape[0] != inputs.shape[1]:
             raise ValueError(
-                f"The state of {type(self.module).__name__} must have the batch, {inputs.shape[1]}, as the first "
-                f"dimension of each tensor, but has {states.shape[0]}. Write a `step` that moves it: `register_layer`."
+                f"`state` must have the batch, {inputs.shape[1]}, as the first dimension of each tensor for "
+                f"{type(self.module).__name__}, but has {states.shape[0]}. A `step` may move it: `register_layer`."
             )
         return Sequences(inputs, states.unsqueeze(0), torch.full((inputs.shape[1],), inputs.shape[0]))
 
@@ -159,7 +161,10 @@ class CustomLayer(RecurrentLayer):
                 raise ValueError(f"The state of {type(self.module).__name__} changes its size: {tuple(after.shape)}.")
             yield Driven("", AutodiffRecurrence(step, state.shape[1]), inputs, state)
             return
-        raise errors[-1]
+        raise ValueError(
+            f"`dynamics`, a step of {type(self.module).__name__}, fails on a state {self._layout} and an input "
+            f"{tuple(sequences.inputs.shape[1:])}: {errors[-1]}"
+        ) from errors[-1]
 
     def _plain_step(self, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
         """Return the step as a function of flat real states, with weights that are a copy."""
@@ -206,9 +211,11 @@ class _StateLayout:
     def __init__(self, state: Any) -> None:
         leaves, self.structure = pytree.tree_flatten(state)
         if not leaves or not all(isinstance(leaf, Tensor) and leaf.ndim for leaf in leaves):
-            raise TypeError(f"A state must hold tensors (batch, ...) and nothing else, not {state!r:.100}.")
+            raise TypeError(f"`state` must hold tensors (batch, ...) and nothing else, not {state!r:.100}.")
         if not all(leaf.is_floating_point() or leaf.is_complex() for leaf in leaves):
-            raise TypeError(f"A state must be real or complex, not {[str(leaf.dtype) for leaf in leaves]}.")
+            raise TypeError(f"`state` must be real or complex, not {[str(leaf.dtype) for leaf in leaves]}.")
+        if len({len(leaf) for leaf in leaves}) > 1:
+            raise ValueError(f"`state` must hold tensors of one batch, not of {[len(leaf) for leaf in leaves]}.")
         self.shapes = [(tuple(leaf.shape[1:]), leaf.is_complex()) for leaf in leaves]
         self.sizes = [leaf[:1].numel() // max(1, len(leaf[:1])) * (1 + leaf.is_complex()) for leaf in leaves]
         self.size = sum(self.sizes)

@@ -191,7 +191,7 @@ def working_dtype(layer: RecurrentLayer, sequences: Sequences, dtype: torch.dtyp
     """Return the dtype of the products with the frame: never below float32, whatever the precision of training."""
     if dtype is None:
         return torch.promote_types(layer.dtype or sequences.states.dtype, torch.float32)
-    if dtype not in (torch.float32, torch.float64):
+    if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.float64):
         raise ValueError(f"`dtype` must be torch.float32, torch.float64 or None, not {dtype}.")
     return dtype
 
@@ -237,7 +237,7 @@ def _check_options(
             f"{'' if shortest == int(sequences.lengths.max()) else ' at least'}. "
             "Lower `warmup` or pass longer `inputs`."
         )
-    if qr_interval != "auto" and not _is_count(qr_interval, 1):
+    if not _is_count(qr_interval, 1) and not (isinstance(qr_interval, str) and qr_interval == "auto"):
         raise ValueError(f'`qr_interval={qr_interval!r}` must be "auto" or a number of steps, 1 or more.')
     return total if num_exponents is None else num_exponents
 

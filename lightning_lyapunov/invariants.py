@@ -75,10 +75,22 @@ def kolmogorov_sinai_entropy(spectrum: Tensor) -> Tensor:
     return _checked(spectrum).clamp(min=0).sum(-1)
 
 
-def num_positive(spectrum: Tensor) -> Tensor:
-    """Return how many exponents are positive, ``(...)``, in the dtype of ``spectrum``; NaN if one of them is NaN."""
+def num_positive(spectrum: Tensor, tolerance: float = 1e-6) -> Tensor:
+    """Return how many exponents are positive.
+
+    Args:
+        spectrum: exponents in any order, nats per step, ``(..., num_exponents)``.
+        tolerance: what counts as zero: the rounding error of float32 products, over some hundred steps, stays below the
+            default.
+
+    Returns:
+        The number, in the dtype of ``spectrum``; NaN if an exponent is NaN; ``(...)``.
+
+    Raises:
+        ValueError: if ``spectrum`` holds no exponents or is not floating point.
+    """
     spectrum = _checked(spectrum)
-    return (spectrum > 0).sum(-1).to(spectrum.dtype).masked_fill(spectrum.isnan().any(-1), torch.nan)
+    return (spectrum > tolerance).sum(-1).to(spectrum.dtype).masked_fill(spectrum.isnan().any(-1), torch.nan)
 
 
 def _checked(spectrum: Tensor) -> Tensor:

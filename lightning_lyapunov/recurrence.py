@@ -94,7 +94,8 @@ class AutodiffRecurrence(Recurrence):
         def derivative_along(tangent: Tensor) -> Tensor:
             return torch.func.jvp(lambda s: self.step(s, inputs), (state,), (tangent,))[1]
 
-        return torch.func.vmap(derivative_along, in_dims=-1, out_dims=-1)(frame)
+        # Not `out_dims=-1`, which gives a wrong shape where the derivative is identically zero (pytorch #178425).
+        return torch.func.vmap(derivative_along, in_dims=-1)(frame).movedim(0, -1)
 
     def _push_by_reverse_mode(self, state: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
         def one(s: Tensor, x: Tensor) -> Tensor:

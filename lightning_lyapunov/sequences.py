@@ -88,6 +88,9 @@ def check_tensor(name: str, value: Any, size: int | None = None) -> None:
     """Raise an error that names the argument unless ``value`` is a real tensor whose last dimension is ``size``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` must be a tensor, not {type(value).__name__}.")
+    if value.layout is not torch.strided or value.is_meta:
+        kind = "meta" if value.is_meta else str(value.layout)
+        raise TypeError(f"`{name}` must be a dense tensor with values, not a {kind} tensor.")
     if value.is_complex():
         raise TypeError(f"`{name}` must be real, not {value.dtype}. Write `torch.view_as_real({name}).flatten(-2)`.")
     if not value.is_floating_point():

@@ -185,7 +185,8 @@ class _Walk:
         # The cheapest dtype that can take at least one step.
         dtypes = dict.fromkeys((self.wanted_dtype, self.fate.dtype))
         self.dtype = next((dtype for dtype in dtypes if per_step <= self._leans(dtype)[0]), self.fate.dtype)
-        room = int(self._leans(self.dtype)[0] / per_step)
+        aimed, accepted = self._leans(self.dtype)
+        room = max(int(aimed / per_step), int(accepted >= per_step))
         self.careful = room == 0
         longest = min(room, self.longest) if self.adaptive else self.longest
         self.interval = 1 if self.careful else max(1, min(2 * self.interval, longest))

@@ -1,0 +1,235 @@
+"""Two and four processes: all know the value over all of their sequences, and none waits for another for ever."""
+
+import math
+import signal
+from datetime import timedelta
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.strategies import DDPStrategy
+from models import FEATURES, Regressor, fit, series
+from test_callback import keys_of, published
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_lyapunov.callback
+from lightning_lyapunov import LyapunovMonitor
+
+SECONDS = 30
+
+worlds = pytest.mark.parametrize("num_processes", [2, 4])
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _in_time():
+    """A test that hangs fails."""
+
+    def give_up(*_):
+        raise TimeoutError("the processes wait for one another")
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(2 * SECONDS)
+    yield
+    signal.alarm(0)
+
+
+class Still(Regressor):
+    """Trains without moving; each process does with its batch what ``mine`` says."""
+
+    def __init__(self, mine=None, **options):
+        super().__init__(**{"cell": "GRU", **options})
+        self.mine, self.seen = mine, []
+
+    def training_step(self, batch, batch_idx):
+        if self.mine is not None:
+            batch = [self.mine(part, self.global_rank) for part in batch]
+        self.seen.append(batch[0])
+        return super().training_step(batch, batch_idx)
+
+    def on_after_backward(self):
+        self.zero_grad()
+
+
+class SaveResults(Callback):
+    """Write down what each process has published after each batch, and what it has seen."""
+
+    def __init__(self, folder):
+        self.folder, self.values = folder, []
+
+    def on_train_batch_end(self, trainer, *_):
+        self.values.append({key: value.clone() for key, value in published(trainer).items()})
+
+    def on_train_end(self, trainer, pl_module):
+        (monitor,) = (callback for callback in trainer.callbacks if isinstance(callback, LyapunovMonitor))
+        results = {
+            "values": self.values,
+            "history": monitor.history,
+            "inputs": pl_module.seen,
+            "weights": pl_module.state_dict(),
+            "epochs": trainer.current_epoch,
+        }
+        torch.save(results, f"{self.folder}/{trainer.global_rank}.pt")
+
+
+def distributed(model, num_processes, folder, *callbacks, monitor=None, unused=False, **options):
+    """Train in several processes and return what each of them has written down."""
+    timeout = timedelta(seconds=SECONDS)
+    strategy = DDPStrategy(
+        process_group_backend="gloo", start_method="fork", timeout=timeout, find_unused_parameters=unused
+    )
+    monitor = LyapunovMonitor(every_n_train_steps=1, warmup=2, strict=True) if monitor is None else monitor
+    options = {"data": series(2 * num_processes), "max_epochs": 1, **options}
+    fit(model, monitor, *callbacks, SaveResults(folder), devices=num_processes, strategy=strategy, **options)
+    return [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(num_processes)]
+
+
+def assert_all_know_the_same(results):
+    first, *others = results
+    for other in others:
+        assert [list(values) for values in other["values"]] == [list(values) for values in first["values"]]
+        for name in ("values", "history", "weights"):
+            assert_close(other[name], first[name], rtol=0, atol=0, equal_nan=True)
+
+
+def alone(model, batches, **options):
+    """Return the values after each of these batches in one process."""
+    monitor = LyapunovMonitor(every_n_train_steps=1, warmup=2, strict=True, num_sequences=10**6, **options)
+    values = []
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            values.append(published(trainer))
+
+    data = DataLoader([(inputs, inputs[..., :1]) for inputs in batches], batch_size=None)
+    fit(model, monitor, Keep(), data=data, max_epochs=1)
+    return values
+
+
+@worlds
+@pytest.mark.parametrize("layout", [{}, {"cell": "LSTM", "num_layers": 2, "bidirectional": True}], ids=str)
+def test_every_process_has_the_values_of_one_that_sees_all_sequences(layout, num_processes, tmp_path):
+    results = distributed(Still(**layout), num_processes, tmp_path)
+    assert_all_know_the_same(results)
+    batches = [torch.cat(parts) for parts in zip(*(result["inputs"] for result in results), strict=True)]
+    assert len(batches) == 2
+    assert len(batches[0].unique(dim=0)) == 4 * num_processes
+    expected = alone(Still(**layout), batches)
+    assert_close(results[0]["values"], expected, rtol=1e-5, atol=1e-6)
+
+
+def shorter(tensor, rank):
+    return tensor if rank == 0 else tensor[:1, :7]
+
+
+@worlds
+def test_a_smaller_batch_of_shorter_sequences_counts_as_much_as_it_holds(num_processes, tmp_path):
+    results = distributed(Still(shorter, hidden_size=1), num_processes, tmp_path)
+    assert_all_know_the_same(results)
+    # By hand: growth over steps, both summed over all processes.
+    for batch, values in enumerate(results[0]["values"]):
+        growth = steps = 0.0
+        for result in results:
+            inputs = result["inputs"][batch]
+            counted = len(inputs) * (inputs.shape[1] - 2)
+            (own,) = alone(Still(hidden_size=1), [inputs])
+            growth, steps = growth + counted * own["lyapunov/max"].item(), steps + counted
+        assert values["lyapunov/max"].item() == pytest.approx(growth / steps, rel=1e-5)
+
+
+class Sometimes(Still):
+    """A second layer that not every process calls."""
+
+    def __init__(self, callers):
+        super().__init__()
+        self.other, self.callers = nn.GRU(FEATURES, 4, batch_first=True), callers
+
+    def forward(self, inputs):
+        extra = self.other(inputs)[0].mean(-1, keepdim=True) if self.global_rank in self.callers else 0
+        return super().forward(inputs) + extra
+
+
+@worlds
+def test_a_layer_that_one_process_does_not_call_is_measured_on_the_others(num_processes, tmp_path):
+    callers = list(range(1, num_processes))
+    results = distributed(Sometimes(callers), num_processes, tmp_path, unused=True)
+    assert_all_know_the_same(results)
+    assert set(results[0]["values"][0]) == keys_of("rnn", "other")
+    batches = [torch.cat(parts) for parts in zip(*(results[rank]["inputs"] for rank in callers), strict=True)]
+    expected = alone(Sometimes([0]), batches, modules="other")
+    for values, alone_values in zip(results[0]["values"], expected, strict=True):
+        for key in keys_of("other") - keys_of():
+            assert_close(values[key], alone_values[key], rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_that_no_process_calls_keeps_its_keys_and_nobody_waits(tmp_path):
+    results = distributed(Sometimes([]), 2, tmp_path, unused=True)
+    assert_all_know_the_same(results)
+    values = results[0]["values"][-1]
+    assert set(values) == keys_of("rnn", "other")
+    assert values["lyapunov/other/max"].isnan()
+    assert values["lyapunov/max"] == values["lyapunov/rnn/max"]
+
+
+def spoilt(tensor, rank):
+    return tensor * math.nan if rank == 1 else tensor
+
+
+@worlds
+def test_one_process_that_is_not_finite_makes_nan_of_all_and_all_stop(num_processes, tmp_path):
+    stop = EarlyStopping("lyapunov/max", patience=10**6)
+    results = distributed(Still(spoilt), num_processes, tmp_path, stop, max_epochs=3)
+    assert_all_know_the_same(results)
+    assert all(value.isnan() for value in results[0]["values"][-1].values())
+    assert [result["epochs"] for result in results] == [1] * num_processes
+
+
+def test_one_process_whose_measurement_fails_makes_nan_of_all_and_nobody_waits(tmp_path, monkeypatch):
+    measure = lightning_lyapunov.callback.layer_growth
+
+    def layer_growth(*args, **kwargs):
+        if torch.distributed.get_rank() == 1:
+            raise torch.linalg.LinAlgError("no convergence")
+        return measure(*args, **kwargs)
+
+    monkeypatch.setattr(lightning_lyapunov.callback, "layer_growth", layer_growth)
+    results = distributed(Still(), 2, tmp_path, monitor=LyapunovMonitor(every_n_train_steps=1))
+    assert_all_know_the_same(results)
+    assert results[0]["values"][-1]["lyapunov/rnn/max"].isnan()
+
+
+@pytest.mark.parametrize("unused", [False, True], ids=["all parameters used", "find_unused_parameters"])
+def test_the_weights_of_several_processes_are_bitwise_those_without_the_monitor(unused, tmp_path):
+    class Moving(Still):
+        def on_after_backward(self):
+            pass
+
+    class Sleeping(LyapunovMonitor):
+        """Is there and does nothing."""
+
+        def on_fit_start(self, trainer, pl_module):
+            pass
+
+    results = []
+    for monitor in (Sleeping(), LyapunovMonitor(every_n_train_steps=1, strict=True)):
+        results.append(distributed(Moving(), 2, tmp_path, monitor=monitor, unused=unused, max_epochs=2))
+    without, monitored = results
+    assert not without[0]["values"][0]
+    assert_all_know_the_same(monitored)
+    assert_close(monitored[0]["weights"], without[0]["weights"], rtol=0, atol=0)
+    assert not torch.equal(monitored[0]["weights"]["rnn.weight_hh_l0"], Moving().rnn.weight_hh_l0)
+
+
+def test_data_that_one_process_has_less_of_does_not_let_the_others_wait(tmp_path):
+    """An epoch that ends on a shorter batch for everybody, and a measurement at its end."""
+    inputs = torch.rand(10, 12, FEATURES)
+    data = DataLoader(TensorDataset(inputs, inputs[..., :1]), 4)
+    results = distributed(Still(), 2, tmp_path, monitor=LyapunovMonitor(), data=data, max_epochs=2)
+    assert_all_know_the_same(results)
+    assert results[0]["history"]["rnn"]["step"].tolist() == [0, 1, 3]

@@ -1,0 +1,248 @@
+"""Long runs, runs that break off anywhere, and monitors that are used again: nothing piles up and nothing is left."""
+
+import gc
+import tracemalloc
+import types
+import weakref
+
+import pytest
+import torch
+from lightning.pytorch.tuner import Tuner
+from models import FEATURES, Regressor, fit, make_trainer, series
+from test_callback import At, hooks_of, published
+from torch import nn
+
+from lightning_lyapunov import LyapunovMonitor
+from lightning_lyapunov.layers import as_layer
+from lightning_lyapunov.sampling import Recorder
+
+# Thousands of measurements
+
+
+def live_tensors():
+    gc.collect()
+    return sum(type(thing) is torch.Tensor for thing in gc.get_objects())
+
+
+def test_a_recorder_that_starts_and_stops_thousands_of_times_keeps_nothing():
+    module = nn.GRU(FEATURES, 4)
+    recorder, inputs = Recorder({"rnn": (module, as_layer(module))}, 4, 8), torch.rand(8, 4, FEATURES)
+
+    def measure(times):
+        for _ in range(times):
+            recorder.start()
+            with torch.no_grad():
+                module(inputs)
+            assert len(hooks_of(module)) == 1
+            recorder.stop()
+            assert len(recorder.sequences()) == 1
+        return tracemalloc.get_traced_memory()[0], live_tensors()
+
+    tracemalloc.start()
+    measure(500)
+    memory, tensors = measure(500)
+    memory_later, tensors_later = measure(500)
+    tracemalloc.stop()
+    assert tensors_later == tensors
+    # Less than the smallest object each; what other tests left behind may still move a little.
+    assert memory_later - memory < 500 * 40
+    assert not hooks_of(module)
+
+
+class Tiny(Regressor):
+    """One unit, so that a measurement costs next to nothing."""
+
+    def __init__(self):
+        super().__init__("RNN", 1, lr=0.0)
+
+
+def test_hundreds_of_measurements_keep_their_history_and_nothing_else():
+    monitor, model, tensors = LyapunovMonitor(every_n_train_steps=1, max_steps=2, warmup=0), Tiny(), []
+    empty = monitor.state_dict()
+
+    def count(trainer):
+        if trainer.global_step % 100 == 0:
+            assert len(monitor.history["rnn"]["step"]) == 100
+            monitor.load_state_dict(empty)
+            tensors.append(live_tensors())
+
+    fit(model, monitor, At("on_train_batch_end", count), data=series(300, batch_size=2, time=2), max_epochs=1)
+    assert len(tensors) == 3
+    assert tensors[2] == tensors[1]
+    assert not hooks_of(model)
+
+
+def test_a_monitor_that_has_ended_holds_no_model_and_no_data():
+    monitor, model = LyapunovMonitor(), Tiny()
+    gone, layer = weakref.ref(model), weakref.ref(model.rnn)
+    trainer = fit(model, monitor)
+    del model, trainer
+    # Lightning binds these to the module that it trained last.
+    for name in ("log", "log_dict"):
+        vars(monitor).pop(name, None)
+    gc.collect()
+    assert gone() is None
+    assert layer() is None
+
+
+# Breaking off
+
+EVENTS = [
+    "setup",
+    "on_fit_start",
+    "on_train_start",
+    "on_train_epoch_start",
+    "on_train_batch_start",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_before_zero_grad",
+    "on_train_batch_end",
+    "on_validation_batch_start",
+    "on_validation_end",
+    "on_train_epoch_end",
+    "on_train_end",
+    "on_fit_end",
+    "teardown",
+]
+
+
+class StopError(BaseException):
+    """What is no ``Exception``."""
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["monitor first", "monitor last"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, StopError])
+@pytest.mark.parametrize("event", EVENTS)
+def test_a_run_that_breaks_off_in_any_hook_leaves_no_hook_behind(event, error, order):
+    def stop(trainer):
+        raise error
+
+    model, monitor = Tiny(), LyapunovMonitor(every_n_train_steps=1)
+    with pytest.raises((error, SystemExit)):
+        fit(model, *[monitor, At(event, stop)][::order], data=series(1), val=series(1))
+    assert not hooks_of(model)
+    # Both can be used again.
+    trainer = fit(model, monitor, data=series(1), max_epochs=1)
+    assert published(trainer)
+    assert not hooks_of(model)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, StopError])
+@pytest.mark.parametrize("where", ["forward", "after forward", "the layer", "loading"])
+def test_a_run_that_breaks_off_in_a_batch_leaves_no_hook_behind(where, error):
+    model, seen = Tiny(), []
+
+    def fail(*_, **__):
+        seen.append(len(hooks_of(model)))
+        raise error
+
+    data = series(2)
+    if where == "forward":
+        model.forward = fail
+    elif where == "after forward":
+        model.head.forward = fail
+    elif where == "the layer":
+        model.rnn.forward = fail
+    else:
+        data.collate_fn = fail
+    with pytest.raises((error, SystemExit)):
+        fit(model, LyapunovMonitor(), data=data)
+    assert seen == [int(where != "loading")]
+    assert not hooks_of(model)
+
+
+def test_an_interrupt_in_a_measurement_leaves_no_hook_and_no_half_of_a_row(monkeypatch):
+    model, monitor = Tiny(), LyapunovMonitor(every_n_train_steps=1)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_lyapunov.callback.layer_growth", interrupt)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(model, monitor)
+    assert not hooks_of(model)
+    assert monitor.history == {}
+
+
+# Several monitors, and one used again
+
+
+def test_a_trainer_has_as_many_monitors_as_there_are_schedules():
+    monitors = [LyapunovMonitor(every_n_train_steps=n, strict=True) for n in (1, 2, 3)]
+    model, together = Tiny(), []
+    look = At("on_after_backward", lambda trainer: together.append(len(hooks_of(model))))
+    fit(model, *monitors, look, data=series(6), max_epochs=1)
+    assert [len(monitor.history["rnn"]["step"]) for monitor in monitors] == [6, 4, 3]
+    # A hook for each that is due at the batch's end: after steps 1 to 6.
+    assert together == [3, 2, 2, 2, 1, 3]
+    assert not hooks_of(model)
+    steps = {int(step): row for monitor in monitors for step, row in zip(*rows(monitor), strict=True)}
+    for monitor in monitors:
+        assert all(torch.equal(steps[int(step)], row) for step, row in zip(*rows(monitor), strict=True))
+
+
+def rows(monitor):
+    return monitor.history["rnn"]["step"], monitor.history["rnn"]["spectrum"]
+
+
+def test_two_monitors_of_one_schedule_are_refused_by_lightning_and_not_by_chance():
+    with pytest.raises(RuntimeError, match="state_key"):
+        make_trainer(LyapunovMonitor(), LyapunovMonitor())
+
+
+def test_the_learning_rate_finder_neither_measures_nor_loses_the_monitor(tmp_path):
+    monitor, model = LyapunovMonitor(), Regressor()
+    trainer = make_trainer(monitor, default_root_dir=tmp_path)
+    Tuner(trainer).lr_find(model, series(), num_training=5)
+    assert monitor.history == {}
+    assert not hooks_of(model)
+    trainer.fit(model, series())
+    assert monitor.history["rnn"]["step"].tolist() == [0, 2, 5]
+
+
+def test_the_learning_rate_found_is_the_same_with_the_monitor(tmp_path):
+    found = []
+    for callbacks in ([], [LyapunovMonitor()]):
+        torch.manual_seed(0)
+        trainer = make_trainer(*callbacks, default_root_dir=tmp_path)
+        finder = Tuner(trainer).lr_find(Regressor(), series(), num_training=20)
+        found.append(finder.results)
+    assert found[0] == found[1]
+
+
+def test_the_batch_size_finder_neither_measures_nor_loses_the_monitor(tmp_path):
+    monitor, model = LyapunovMonitor(), Regressor()
+    model.batch_size = 2
+    model.val_dataloader = series
+    model.train_dataloader = types.MethodType(lambda self: series(4, batch_size=self.batch_size), model)
+    trainer = make_trainer(monitor, default_root_dir=tmp_path, limit_val_batches=0)
+    Tuner(trainer).scale_batch_size(model, max_trials=2, steps_per_trial=1)
+    assert monitor.history == {}
+    trainer.fit(model)
+    assert len(monitor.history["rnn"]["step"]) == 3
+    assert not hooks_of(model)
+
+
+@pytest.mark.parametrize("times", [2, 5])
+def test_a_trainer_that_fits_again_and_again_measures_each_time_and_keeps_no_hook(times):
+    monitor, model = LyapunovMonitor(strict=True), Tiny()
+    trainer = make_trainer(monitor, max_epochs=0)
+    for time in range(times):
+        trainer.fit_loop.max_epochs = time + 1
+        trainer.fit(model, series(2))
+        assert not hooks_of(model)
+    # The first batch of each fit, and the end of its epoch.
+    assert monitor.history["rnn"]["step"].tolist() == list(range(2 * times))
+
+
+def test_a_trainer_that_fits_another_model_watches_that_one():
+    monitor, first, second = LyapunovMonitor(), Regressor("GRU", 3), Regressor("LSTM", 4)
+    second.decoder = nn.GRU(FEATURES, 2)
+    trainer = make_trainer(monitor)
+    trainer.fit(first, series())
+    trainer.fit_loop.max_epochs = 4
+    monitor.modules = ["rnn"]
+    trainer.fit(second, series())
+    assert monitor.history["rnn"]["spectrum"].shape == (6, 8)
+    assert not hooks_of(first) + hooks_of(second)
