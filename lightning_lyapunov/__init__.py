@@ -1,6 +1,7 @@
 """Watch the Lyapunov spectrum of a recurrent network while it trains."""
 
 from lightning_lyapunov.callback import LyapunovMonitor
+from lightning_lyapunov.dashboard import lyapunov_layout
 from lightning_lyapunov.functional import jacobians, lyapunov_spectrum
 from lightning_lyapunov.invariants import kaplan_yorke_dimension, kolmogorov_sinai_entropy
 from lightning_lyapunov.layers import register_layer
@@ -37,6 +38,7 @@ __all__ = [
     "jacobians",
     "kaplan_yorke_dimension",
     "kolmogorov_sinai_entropy",
+    "lyapunov_layout",
     "lyapunov_metrics",
     "lyapunov_spectrum",
     "register_layer",

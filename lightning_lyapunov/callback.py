@@ -19,7 +19,7 @@ from lightning_lyapunov.custom_layers import CustomLayer
 from lightning_lyapunov.figure import spectrum_figure
 from lightning_lyapunov.functional import layer_growth, working_dtype
 from lightning_lyapunov.layers import as_layer, is_recurrent
-from lightning_lyapunov.metrics import lyapunov_metrics
+from lightning_lyapunov.metrics import lyapunov_metrics, student_t_quantile
 from lightning_lyapunov.sampling import Recorder
 from lightning_lyapunov.sequences import RecurrentLayer, Sequences
 
@@ -69,6 +69,9 @@ class LyapunovMonitor(Callback):
         qr_interval: see :func:`~lightning_lyapunov.lyapunov_spectrum`.
         dtype: see :func:`~lightning_lyapunov.lyapunov_spectrum`.
         log_spectrum: log pictures and histograms of the spectra to the loggers that can show them.
+        log_band: log the 95 % confidence band of the largest exponent of each cell to TensorBoard, too, as
+            ``"lyapunov_band/<layer>/lower"`` and ``".../upper"``, for the charts of
+            :func:`~lightning_lyapunov.lyapunov_layout`.
         strict: raise what goes wrong in a measurement, instead of warning once and logging NaN.
 
     Attributes:
@@ -98,6 +101,7 @@ class LyapunovMonitor(Callback):
         qr_interval: int | Literal["auto"] = "auto",
         dtype: torch.dtype | None = None,
         log_spectrum: bool = True,
+        log_band: bool = False,
         strict: bool = False,
     ) -> None:
         _check_at_least(1, num_sequences=num_sequences, max_steps=max_steps)
@@ -127,7 +131,7 @@ class LyapunovMonitor(Callback):
         self.num_sequences, self.max_steps = num_sequences, max_steps
         self.num_exponents, self.warmup = num_exponents, warmup
         self.qr_interval: int | Literal["auto"] = qr_interval
-        self.dtype, self.log_spectrum, self.strict = dtype, log_spectrum, strict
+        self.dtype, self.log_spectrum, self.log_band, self.strict = dtype, log_spectrum, log_band, strict
         self.estimates: dict[str, Estimate] = {}
         self._history: dict[str, dict[str, list[Tensor]]] = {}
         self._run: _Run | None = None
@@ -331,9 +335,11 @@ class LyapunovMonitor(Callback):
         for logger in trainer.loggers:
             logger.log_metrics({key: float(value) for key, value in scalars.items()}, step=step)
         if self.log_spectrum and trainer.is_global_zero:
+            quantiles = {e.layer: student_t_quantile(0.975, e.num_sequences - 1) for e in self.estimates.values()}
             for logger in trainer.loggers:
                 try:
-                    dashboard.log_spectra(logger, self.history, step)
+                    if not dashboard.log_spectra(logger, self.history, step, quantiles=quantiles, band=self.log_band):
+                        run.warn(f"{type(logger).__name__} is not known to take pictures of the spectrum.")
                 except Exception as error:
                     if self.strict:
                         raise
@@ -367,7 +373,7 @@ class LyapunovMonitor(Callback):
             raise ValueError(f"`path={str(path)!r}` must end in .csv or .npz.")
 
     def plot(self, layer: str | None = None) -> Any:
-        """Draw the spectrum of a layer over training, and the last one with its 95 % error band.
+        """Draw the spectrum of a layer over training, and the last one with a band of 1.96 standard errors.
 
         Args:
             layer: a key of :attr:`history`; by default the one with the largest exponent now.

@@ -1,6 +1,9 @@
-"""A spectrum as pictures and histograms, for the loggers that can show them."""
+"""A spectrum as pictures, histograms and charts, for the loggers that can show them."""
 
-from collections.abc import Mapping
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,32 +12,147 @@ from torch import Tensor
 
 from lightning_lyapunov.spectrum import FLOOR
 
-__all__ = ["log_spectra", "spectrum_picture"]
+__all__ = ["current_spectrum_picture", "log_spectra", "lyapunov_layout", "spectrum_picture"]
 
-# TensorBoard shows a card of about 340 x 240 points: twice that, with letters that can still be read there.
-_WIDTH, _HEIGHT, _FONT_SIZE = 800, 560, 26
-_LEFT, _RIGHT, _TOP, _BOTTOM = 100, 630, 58, 462  # the edges of the plot
-_BACKGROUND, _INK, _FLOOR_GREY = (255, 255, 255), (40, 40, 40), (110, 110, 110)
+# Of the normal distribution: where nothing is known of the number of sequences.
+_QUANTILE = 1.96
+
+# TensorBoard shows a card of about 340 x 240 points: twice that, with letters that can still be read there. It leaves
+# out the pixels between: what is thinner than three, a zero line or the sign of a number, may not be seen.
+_WIDTH, _HEIGHT, _FONT_SIZE, _THIN = 800, 560, 30, 3
+_TOP, _BOTTOM = 58, 462  # the edges of each plot
+_MAP_LEFT, _MAP_RIGHT = 118, 610
+_LINE_LEFT, _LINE_RIGHT = 170, 760
+_BACKGROUND, _INK, _BAND, _FLOOR_GREY = (255, 255, 255), (40, 40, 40), (200, 200, 200), (110, 110, 110)
 # Blue, white, red: the strength of the colour grows evenly from white to either end.
 _SHRINKS, _ZERO, _GROWS = np.array([[33, 84, 163], [255, 255, 255], [178, 24, 43]], dtype=float)
 
 
-def log_spectra(logger: Any, history: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
-    """Send the last spectrum of each layer as a histogram, and all of them as one picture, if ``logger`` takes them.
+# What a logger is shown
 
-    Loggers are told by what their ``experiment`` can do, because two packages have classes of the same name.
+
+def log_spectra(
+    logger: Any,
+    history: Mapping[str, Mapping[str, Tensor]],
+    step: int,
+    *,
+    quantiles: Mapping[str, float] | None = None,
+    band: bool = False,
+) -> bool:
+    """Send two pictures of each layer, its last spectrum and all of them, to a logger that takes pictures.
+
+    TensorBoard gets the last spectrum as a histogram, too. Loggers are told by what they can do, because two packages
+    have classes of the same name.
+
+    Args:
+        logger: a logger of Lightning's kind.
+        history: for each layer ``"step"``, ``(m,)``, ``"spectrum"`` and ``"stderr"``, ``(m, num_exponents)``, nats per
+            step, largest first: CPU tensors.
+        step: the step of the last measurement.
+        quantiles: for each layer how many standard errors a 95 % confidence interval reaches to either side;
+            1.96, that of many sequences, for those not named.
+        band: log the 95 % confidence band of the largest exponent as scalars, too, where a logger takes them by
+            ``add_scalar``: ``"lyapunov_band/<layer>/lower"`` and ``".../upper"``. See :func:`lyapunov_layout`.
+
+    Returns:
+        False for a logger that is not known to take pictures, nor to take numbers only.
     """
-    experiment: Any = getattr(logger, "experiment", None)
+    show = _picture_call(logger)
     for layer, measurements in history.items():
-        spectrum = measurements["spectrum"][-1]
-        resolved = spectrum[spectrum.isfinite() & (spectrum > FLOOR)].numpy()
-        if hasattr(experiment, "add_histogram") and len(resolved):
-            experiment.add_histogram(f"lyapunov/{layer}/spectrum", resolved, step)
-        if hasattr(experiment, "add_image"):
-            picture = spectrum_picture(
-                measurements["step"].numpy(), measurements["spectrum"].numpy(), f"Lyapunov exponents of {layer}"
-            )
-            experiment.add_image(f"lyapunov/{layer}/spectrum_over_training", picture, step, dataformats="HWC")
+        spectra, stderr = measurements["spectrum"].numpy(), measurements["stderr"].numpy()
+        half_width = (quantiles or {}).get(layer, _QUANTILE) * stderr[-1]
+        _add_numbers(getattr(logger, "experiment", None), layer, spectra[-1], half_width, step, band)
+        if show:
+            title = f"Lyapunov exponents of {layer}"
+            over_training = spectrum_picture(measurements["step"].numpy(), spectra, title)
+            show(f"lyapunov/{layer}/spectrum_over_training", over_training, step)
+            now = current_spectrum_picture(spectra[-1], half_width, f"{title}, 95 % band")
+            show(f"lyapunov/{layer}/spectrum_now", now, step)
+    return show is not None or _takes_numbers_only(logger)
+
+
+def lyapunov_layout(layers: Iterable[str], *, band: bool = False) -> dict[str, dict[str, list[Any]]]:
+    """Return a page of charts for TensorBoard's tab "Custom Scalars": the layers side by side.
+
+    TensorBoard keeps the last layout of a run only, so join it with yours and add both in one call.
+
+    Args:
+        layers: the names of the layers, as in the logged keys ``"lyapunov/<layer>/max"``.
+        band: add a chart for each layer of its largest exponent with the 95 % confidence band. It stays empty unless
+            the band is logged: see :func:`log_spectra`.
+
+    Returns:
+        One category for ``SummaryWriter.add_custom_scalars``.
+
+    Example::
+
+        >>> mine = {"losses": {"both": ["Multiline", ["train_loss", "val_loss"]]}}
+        >>> layout = mine | lyapunov_layout(["encoder", "decoder"])
+        >>> # logger.experiment.add_custom_scalars(layout)
+        >>> list(layout)
+        ['losses', 'Lyapunov exponents']
+    """
+    layers = list(layers)
+    charts: dict[str, list[Any]] = {
+        "Largest exponent, nats per step": ["Multiline", [_exactly(f"lyapunov/{layer}/max") for layer in layers]],
+        "Standard error of the largest exponent": [
+            "Multiline",
+            [_exactly(f"lyapunov/{layer}/max_stderr") for layer in layers],
+        ],
+    }
+    if band:
+        for layer in layers:
+            charts[f"{layer}: largest exponent, 95 % band"] = ["Margin", [f"lyapunov/{layer}/max", *_band_tags(layer)]]
+    return {"Lyapunov exponents": charts}
+
+
+def _exactly(tag: str) -> str:
+    """Return the regular expression that a chart of many lines finds ``tag`` by, and no longer one."""
+    return f"{re.escape(tag)}$"
+
+
+def _band_tags(layer: str) -> tuple[str, str]:
+    # Beside the exponents, not among them, where each would be a card of its own on the page that tells the story.
+    return f"lyapunov_band/{layer}/lower", f"lyapunov_band/{layer}/upper"
+
+
+def _add_numbers(
+    experiment: Any, layer: str, spectrum: NDArray[Any], half_width: NDArray[Any], step: int, band: bool
+) -> None:
+    resolved = spectrum[_resolved(spectrum)]
+    if hasattr(experiment, "add_histogram") and len(resolved):
+        experiment.add_histogram(f"lyapunov/{layer}/spectrum", resolved, step)
+    if band and hasattr(experiment, "add_scalar"):
+        for tag, bound in zip(_band_tags(layer), (-half_width[0], half_width[0]), strict=True):
+            experiment.add_scalar(tag, float(spectrum[0] + bound), step)
+
+
+def _picture_call(logger: Any) -> Callable[[str, NDArray[np.uint8], int], Any] | None:
+    """Return the call by which a logger is shown a picture, ``(tag, picture, step)``; None for one that takes none."""
+    experiment: Any = getattr(logger, "experiment", None)
+    if hasattr(experiment, "add_image"):  # TensorBoard
+        return lambda tag, picture, step: experiment.add_image(tag, picture, step, dataformats="HWC")
+    if hasattr(logger, "log_image"):  # W&B. Its own step counts calls; the logger keeps ours beside it, as for scalars.
+        return lambda tag, picture, step: logger.log_image(tag, [picture], step=step)
+    if hasattr(experiment, "log_image") and hasattr(logger, "run_id"):
+        return lambda tag, picture, step: _add_to_mlflow(experiment.log_image, logger.run_id, tag, picture, step)
+    return None
+
+
+def _add_to_mlflow(log_image: Callable[..., Any], run_id: str, tag: str, picture: NDArray[np.uint8], step: int) -> None:
+    # What MLflow refuses in a name, Lightning's logger leaves out of those of the scalars, too.
+    key = re.sub("[^a-zA-Z0-9_/. -]+", "", tag)
+    if "key" in inspect.signature(log_image).parameters:
+        log_image(run_id, picture, key=key, step=step)
+    else:  # an older MLflow, which has files only
+        log_image(run_id, picture, f"{key}/{step:08d}.png")
+
+
+def _takes_numbers_only(logger: Any) -> bool:
+    return hasattr(getattr(logger, "experiment", None), "metrics_file_path")  # CSV
+
+
+# Pictures
 
 
 def spectrum_picture(steps: NDArray[Any], spectra: NDArray[Any], title: str) -> NDArray[np.uint8]:
@@ -51,50 +169,163 @@ def spectrum_picture(steps: NDArray[Any], spectra: NDArray[Any], title: str) -> 
     Returns:
         An RGB picture, ``(height, width, 3)``.
     """
-    # Comes with tensorboard.
-    from PIL import Image, ImageDraw, ImageFont
-
-    resolved = np.abs(spectra[np.isfinite(spectra) & (spectra > FLOOR)])
+    resolved = np.abs(spectra[_resolved(spectra)])
     limit = max(float(np.quantile(resolved, 0.98)) if resolved.size else 1.0, 1e-3)
-    image = Image.new("RGB", (_WIDTH, _HEIGHT), _BACKGROUND)
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(_FONT_SIZE)
-
-    def paint(values: NDArray[Any], left: int, right: int) -> None:
-        cells = Image.fromarray(_colours(values, limit))
-        image.paste(cells.resize((right - left, _BOTTOM - _TOP), Image.Resampling.NEAREST), (left, _TOP))
-        draw.rectangle((left - 1, _TOP - 1, right, _BOTTOM), outline=_INK)
-
-    def write(x: float, y: float, text: str, anchor: str) -> None:
-        draw.text((x, y), text, _INK, font, anchor=anchor)
-
     measurements, exponents = spectra.shape
-    paint(spectra.T, _LEFT, _RIGHT)
-    write(_LEFT, 26, title, "lm")
-    write((_LEFT + _RIGHT) / 2, _HEIGHT - 28, "training step", "mm")
+    plot = _Plot(_MAP_LEFT, _MAP_RIGHT)
+    plot.paint(_colours(spectra.T, limit), _MAP_LEFT, _MAP_RIGHT)
+    plot.label(title, "training step", "exponent", width=_MAP_RIGHT + 22 - _MAP_LEFT)
     for column in _ticks(measurements, 4):
-        x = _LEFT + (column + 0.5) * (_RIGHT - _LEFT) / measurements
-        draw.line((x, _BOTTOM, x, _BOTTOM + 6), _INK, 2)
-        write(x, _BOTTOM + 24, str(int(steps[column])), "mm")
+        plot.mark_x((column + 0.5) / measurements, str(int(steps[column])))
     for row in _ticks(exponents, 5):
-        y = _TOP + (row + 0.5) * (_BOTTOM - _TOP) / exponents
-        draw.line((_LEFT - 7, y, _LEFT - 1, y), _INK, 2)
-        write(_LEFT - 12, y, str(row + 1), "rm")
-    upright = Image.new("RGB", (_BOTTOM - _TOP, 36), _BACKGROUND)
-    ImageDraw.Draw(upright).text(((_BOTTOM - _TOP) / 2, 18), "exponent", _INK, font, anchor="mm")
-    image.paste(upright.rotate(90, expand=True), (6, _TOP))
+        plot.mark_y((row + 0.5) / exponents, str(row + 1))
+    _draw_scale(plot, limit)
+    return np.asarray(plot.image)
 
+
+def current_spectrum_picture(spectrum: NDArray[Any], half_width: NDArray[Any], title: str) -> NDArray[np.uint8]:
+    """Draw exponents over their index, with an error band and the line of zero.
+
+    Red ones grow, blue ones shrink. What is wiped out or not finite is left out, and counted below.
+
+    Args:
+        spectrum: nats per step, largest first, ``(num_exponents,)``.
+        half_width: how far the error band reaches to either side, nats per step, ``(num_exponents,)``; none is drawn
+            where it is not finite.
+        title: what to write above.
+
+    Returns:
+        An RGB picture, ``(height, width, 3)``.
+    """
+    shown = _resolved(spectrum)
+    values, errors = spectrum[shown].astype(float), half_width[shown].astype(float)
+    known = np.isfinite(errors)
+    low, high = _range(np.concatenate((values, (values - errors)[known], (values + errors)[known])))
+    plot = _Plot(_LINE_LEFT, _LINE_RIGHT)
+
+    def y(value: Any) -> Any:
+        return plot.y((high - value) / (high - low))
+
+    x = plot.x((np.flatnonzero(shown) + 0.5) / len(spectrum))
+    plot.fill_between(x[known], y(values - errors)[known], y(values + errors)[known])
+    plot.frame(_LINE_LEFT, _LINE_RIGHT)
+    plot.draw.line((_LINE_LEFT, y(0), _LINE_RIGHT - 1, y(0)), _INK, _THIN)
+    radius = min(6.0, max(1.5, (_LINE_RIGHT - _LINE_LEFT) / len(spectrum) / 3))
+    plot.join(x, y(values), values, radius)
+    visible = radius * (high - low) / (_BOTTOM - _TOP)
+    plot.label(title, "exponent" + _note(len(spectrum), len(values), errors[known], visible), "nats per step")
+    for index in _ticks(len(spectrum), 5):
+        plot.mark_x((index + 0.5) / len(spectrum), str(index + 1))
+    for value in _round_numbers(low, high):
+        plot.mark_y((high - value) / (high - low), f"{value:+.6g}" if value else "0")
+    return np.asarray(plot.image)
+
+
+def _note(count: int, shown: int, errors: NDArray[Any], visible: float) -> str:
+    """Say what a stranger would miss: exponents, or a band that is there but no wider than the dots."""
+    notes = [f"{count - shown} of {count} left out: wiped out or not finite"] * (shown < count)
+    if shown and not len(errors):
+        notes.append("error unknown")
+    elif shown and errors.max() < visible:
+        notes.append("band within the dots")
+    return f" ({'; '.join(notes)})" if notes else ""
+
+
+class _Plot:
+    """A white picture with room for a plot; places in it are shares of its width and height, from the left and top."""
+
+    def __init__(self, left: int, right: int) -> None:
+        # Comes with tensorboard.
+        from PIL import Image, ImageDraw
+
+        self.left, self.right = left, right
+        self.image = Image.new("RGB", (_WIDTH, _HEIGHT), _BACKGROUND)
+        self.draw = ImageDraw.Draw(self.image)
+
+    def x(self, share: Any) -> Any:
+        return self.left + share * (self.right - self.left)
+
+    def y(self, share: Any) -> Any:
+        return _TOP + share * (_BOTTOM - _TOP)
+
+    def write(self, x: float, y: float, text: str, anchor: str, width: float = math.inf) -> None:
+        """Write, in smaller letters if it would be wider than ``width``."""
+        from PIL import ImageFont
+
+        font = ImageFont.load_default(_FONT_SIZE)
+        share = width / max(self.draw.textlength(text, font), 1)
+        if share < 1:  # Small letters are a little wider than in proportion.
+            font = ImageFont.load_default(int(0.96 * share * _FONT_SIZE))
+        # Twice, because the strokes are thinner than `_THIN`: half a plus would be a minus.
+        for shift in (0, 1):
+            self.draw.text((x + shift, y + shift), text, _INK, font, anchor=anchor)
+
+    def label(self, title: str, below: str, beside: str, width: float = math.inf) -> None:
+        """Write a title, at most ``width`` wide, and what is on the two axes."""
+        self.write(self.left, 26, title, "lm", min(width, _WIDTH - 10 - self.left))
+        middle = (self.left + self.right) / 2
+        self.write(middle, _HEIGHT - 28, below, "mm", 2 * (_WIDTH - 10 - middle))
+        upright = _Plot(0, _BOTTOM - _TOP)
+        upright.write((_BOTTOM - _TOP) / 2, 18, beside, "mm")
+        self.image.paste(upright.image.crop((0, 0, _BOTTOM - _TOP, 36)).rotate(90, expand=True), (0, _TOP))
+
+    def mark_x(self, share: float, text: str) -> None:
+        x = self.x(share)
+        self.draw.line((x, _BOTTOM, x, _BOTTOM + 6), _INK, _THIN)
+        self.write(x, _BOTTOM + 24, text, "mm")
+
+    def mark_y(self, share: float, text: str) -> None:
+        y = self.y(share)
+        self.draw.line((self.left - 7, y, self.left - 1, y), _INK, _THIN)
+        self.write(self.left - 12, y, text, "rm")
+
+    def frame(self, left: int, right: int) -> None:
+        self.draw.rectangle((left - _THIN, _TOP - _THIN, right + _THIN - 1, _BOTTOM + _THIN - 1), None, _INK, _THIN)
+
+    def paint(self, colours: NDArray[np.uint8], left: int, right: int) -> None:
+        """Fill a frame with cells of ``colours``, ``(rows, columns, 3)``."""
+        from PIL import Image
+
+        size = (right - left, _BOTTOM - _TOP)
+        self.image.paste(Image.fromarray(colours).resize(size, Image.Resampling.NEAREST), (left, _TOP))
+        self.frame(left, right)
+
+    def fill_between(self, x: NDArray[Any], lower: NDArray[Any], upper: NDArray[Any]) -> None:
+        if len(x):
+            outline = [*zip(x, upper, strict=True), *zip(x[::-1], lower[::-1], strict=True)]
+            self.draw.polygon(outline, _BAND, _BAND)
+        # A band of one exponent is a bar.
+        for column, bottom, top in zip(x, lower, upper, strict=True):
+            self.draw.line((column, bottom, column, top), _BAND, 5)
+
+    def join(self, x: NDArray[Any], y: NDArray[Any], values: NDArray[Any], radius: float) -> None:
+        """Draw a line with dots in the colours of what grows and what shrinks."""
+        points = list(zip(x, y, strict=True))
+        if len(points) > 1:
+            self.draw.line(points, _FLOOR_GREY, _THIN)
+        for (column, row), value in zip(points, values, strict=True):
+            colour = tuple((_GROWS if value > 0 else _SHRINKS).astype(int).tolist())
+            self.draw.ellipse((column - radius, row - radius, column + radius, row + radius), colour)
+
+
+def _draw_scale(plot: _Plot, limit: float) -> None:
+    """Draw the scale of colours, to the right of the plot."""
     roots = np.linspace(1, -1, _BOTTOM - _TOP)
-    paint((np.sign(roots) * roots**2 * limit)[:, None], _RIGHT + 32, _RIGHT + 60)
-    write(_RIGHT + 32, 26, "nats/step", "lm")
+    left = plot.right + 32
+    plot.paint(_colours((np.sign(roots) * roots**2 * limit)[:, None], limit), left, left + 28)
+    plot.write(left, 26, "nats/step", "lm")
     for root in (1, 0.5, 0, -0.5, -1):
         y = _TOP + (1 - root) / 2 * (_BOTTOM - _TOP - 1)
-        write(_RIGHT + 70, y, f"{np.sign(root) * root**2 * limit:+.2g}" if root else "0", "lm")
-    return np.asarray(image)
+        plot.write(left + 38, y, f"{np.sign(root) * root**2 * limit:+.2g}" if root else "0", "lm")
+
+
+def _resolved(spectrum: NDArray[Any]) -> NDArray[np.bool_]:
+    return np.isfinite(spectrum) & (spectrum > FLOOR)
 
 
 def _colours(values: NDArray[Any], limit: float) -> NDArray[np.uint8]:
     """Return RGB colours, ``(rows, columns, 3)``; grey for what is at the floor or not finite."""
-    known = np.isfinite(values) & (values > FLOOR)
+    known = _resolved(values)
     strength = np.clip(np.sqrt(np.abs(np.where(known, values, 0)) / limit), 0, 1)[..., None]
     ends = np.where(values[..., None] > 0, _GROWS, _SHRINKS)
     colours = _ZERO + strength * (ends - _ZERO)
@@ -104,3 +335,17 @@ def _colours(values: NDArray[Any], limit: float) -> NDArray[np.uint8]:
 def _ticks(count: int, most: int) -> list[int]:
     """Return up to ``most`` indices spread from the first to the last of ``count``."""
     return sorted({round(index) for index in np.linspace(0, count - 1, min(count, most))})
+
+
+def _range(values: NDArray[Any]) -> tuple[float, float]:
+    """Return limits around ``values`` and zero, with some room."""
+    low, high = min(0.0, *values, 0.0), max(0.0, *values, 0.0)
+    room = 0.06 * (high - low) if high - low > 1e-3 else 1e-3
+    return low - room, high + room
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Return the multiples between two limits of a step that is 1, 2 or 5 times a power of ten: three to seven."""
+    power = 10.0 ** math.floor(math.log10((high - low) / 7))
+    step = next(factor * power for factor in (1, 2, 5, 10) if (high - low) / (factor * power) <= 7)
+    return [index * step for index in range(math.ceil(low / step), math.floor(high / step) + 1)]

@@ -11,7 +11,7 @@ __all__ = ["spectrum_figure"]
 
 
 def spectrum_figure(layer: str, step: NDArray[Any], spectrum: NDArray[Any], stderr: NDArray[Any]) -> Any:
-    """Draw exponents over training, and the last spectrum with its 95 % error band and the zero line.
+    """Draw exponents over training, and the last spectrum with a band of 1.96 standard errors and the zero line.
 
     Args:
         layer: the name of the layer, for the title.

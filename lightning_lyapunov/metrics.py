@@ -7,6 +7,7 @@ split of the data over batches or processes gives the same result.
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
@@ -27,6 +28,7 @@ __all__ = [
     "NumPositiveExponents",
     "NumSequences",
     "lyapunov_metrics",
+    "student_t_quantile",
 ]
 
 
@@ -344,3 +346,27 @@ def lyapunov_metrics(num_exponents: int, prefix: str | None = None) -> MetricCol
     }
     # Said rather than found out: torchmetrics would compare the first values, and NaN never equals NaN.
     return MetricCollection(metrics, prefix=prefix, compute_groups=[list(metrics)])  # type: ignore[arg-type]
+
+
+def student_t_quantile(probability: float, degrees: int) -> float:
+    r"""Return the quantile of Student's distribution; infinity for no degree of freedom.
+
+    With ``t = sqrt(degrees) tan(a)`` its density is proportional to ``cos(a)^(degrees - 1)``, which is summed by the
+    trapezoidal rule.
+
+    Args:
+        probability: from 0.5 to 1.
+        degrees: the degrees of freedom; less than 1 leaves everything possible.
+
+    Example::
+
+        >>> round(student_t_quantile(0.95, 15), 3)
+        1.753
+    """
+    if degrees < 1:
+        return math.inf
+    angles = np.linspace(0, np.pi / 2, 20_001)
+    density = np.cos(angles) ** (degrees - 1)
+    areas = np.concatenate(([0.0], np.cumsum((density[1:] + density[:-1]) / 2)))
+    angle = np.interp(2 * probability - 1, areas / areas[-1], angles)
+    return float(np.sqrt(degrees) * np.tan(angle))

@@ -3,13 +3,13 @@
 import math
 from typing import Any
 
-import numpy as np
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from lightning_lyapunov.callback import Estimate, LyapunovMonitor
+from lightning_lyapunov.metrics import student_t_quantile
 
-__all__ = ["InstabilityStopping", "student_t_quantile"]
+__all__ = ["InstabilityStopping"]
 
 
 class InstabilityStopping(EarlyStopping):
@@ -141,27 +141,3 @@ class InstabilityStopping(EarlyStopping):
             grows = f"perturbations and gradients grow {math.exp(min(10 * estimate.value, 700)):.3g}-fold in 10 steps"
             return f"{value}, above {self.threshold:g} {sure}; {grows}."
         return f"{value}, below {self.lower_threshold:g} {sure}; its memory lasts {-1 / estimate.value:.2g} steps."
-
-
-def student_t_quantile(probability: float, degrees: int) -> float:
-    r"""Return the quantile of Student's distribution; infinity for no degree of freedom.
-
-    With ``t = sqrt(degrees) tan(a)`` its density is proportional to ``cos(a)^(degrees - 1)``, which is summed by the
-    trapezoidal rule.
-
-    Args:
-        probability: from 0.5 to 1.
-        degrees: the degrees of freedom; less than 1 leaves everything possible.
-
-    Example::
-
-        >>> round(student_t_quantile(0.95, 15), 3)
-        1.753
-    """
-    if degrees < 1:
-        return math.inf
-    angles = np.linspace(0, np.pi / 2, 20_001)
-    density = np.cos(angles) ** (degrees - 1)
-    areas = np.concatenate(([0.0], np.cumsum((density[1:] + density[:-1]) / 2)))
-    angle = np.interp(2 * probability - 1, areas / areas[-1], angles)
-    return float(np.sqrt(degrees) * np.tan(angle))

@@ -6,8 +6,7 @@ from torch import nn
 
 from lightning_lyapunov.functional import layer_growth
 from lightning_lyapunov.layers import as_layer
-from lightning_lyapunov.metrics import lyapunov_metrics
-from lightning_lyapunov.stopping import student_t_quantile
+from lightning_lyapunov.metrics import lyapunov_metrics, student_t_quantile
 
 REPEATS = 400
 

@@ -17,7 +17,7 @@ from lightning_lyapunov import InstabilityStopping, LyapunovMonitor
 from lightning_lyapunov.callback import Estimate
 from lightning_lyapunov.functional import layer_growth
 from lightning_lyapunov.layers import as_layer
-from lightning_lyapunov.stopping import student_t_quantile
+from lightning_lyapunov.metrics import student_t_quantile
 
 WORSE = [-0.2, -0.1, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
 
