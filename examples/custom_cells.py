@@ -7,6 +7,7 @@ needs no more than a call `(input, state) -> state`: its derivative comes from `
 sequences is taught with `register_layer`.
 """
 
+import argparse
 import logging
 import warnings
 
@@ -127,6 +128,9 @@ class Recall(L.LightningModule):
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=4)
+    epochs = parser.parse_args().epochs
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     rows = []
@@ -136,7 +140,7 @@ def main() -> None:
         data = torch.randn(1024, STEPS, INPUTS)
         monitor = LyapunovMonitor("cell", num_exponents=None, warmup=10)
         trainer = L.Trainer(
-            max_epochs=4,
+            max_epochs=epochs,
             accelerator="cpu",
             callbacks=[monitor],
             logger=False,

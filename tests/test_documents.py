@@ -99,6 +99,17 @@ def test_the_closed_loop_runs_from_data_to_exponents(monkeypatch, tmp_path, caps
     assert [abs(float(error)) for error in errors[:2]] == pytest.approx([0, 0], abs=0.3)
 
 
+def test_the_custom_cells_are_measured_and_the_unitary_one_neither_forgets_nor_explodes(monkeypatch, tmp_path, capsys):
+    run_example("custom_cells.py", monkeypatch, tmp_path, "--epochs", "1")
+    rows = re.findall(r"^(\w+) +([+-]\d\.\d{4}) +\S+ +([+-]\d\.\d{4})", capsys.readouterr().out, re.MULTILINE)
+    assert len(rows) == 5
+    assert all(float(largest) >= float(smallest) for _, largest, smallest in rows)
+    assert {name: (largest, smallest) for name, largest, smallest in rows}["UnitaryCell"] in (
+        ("+0.0000", "+0.0000"),
+        ("+0.0000", "-0.0000"),
+    )
+
+
 def test_the_plain_function_example_agrees_with_the_literature(monkeypatch, tmp_path, capsys):
     run_example("plain_function.py", monkeypatch, tmp_path)
     said = capsys.readouterr().out
