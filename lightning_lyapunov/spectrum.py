@@ -165,7 +165,8 @@ class _Walk:
                 self.frame, growth, lean, fate = _orthonormalise_carefully(pushed, self.fate == 0)
                 self.fate = self.fate + fate
                 break
-            frame, growth, lean = _orthonormalise(pushed, self.fate == 0, self._leans(self.dtype)[1])
+            # A callable may stay in its own dtype.
+            frame, growth, lean = _orthonormalise(pushed, self.fate == 0, self._leans(pushed.dtype)[1])
             if lean < math.inf:
                 self.frame = frame
                 break
