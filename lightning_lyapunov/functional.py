@@ -52,8 +52,8 @@ def lyapunov_spectrum(
             allows. It changes the cost and not the result: what an interval cannot resolve is done again step by step.
         dtype: dtype of the products with the frame. None: float32, or float64 for float64 weights; for a callable, that
             of ``state``. Trajectories, factorisations and sums are float64 where the device has it, and so are steps
-            that float32 cannot resolve. A callable is called in ``dtype``: give it a float64 ``state`` where one step drives
-            directions further apart than e^8, of which float32 holds few digits.
+            that float32 cannot resolve. A callable is called in ``dtype``: give it a float64 ``state`` where one step
+            drives directions further apart than e^8, of which float32 holds few digits.
 
     Returns:
         The exponents in nats per step, largest first, ``(batch, num_exponents)``. A direction that is wiped out (its
