@@ -332,13 +332,15 @@ class LyapunovMonitor(Callback):
 
         device = trainer.strategy.root_device
         trainer.callback_metrics.update({key: value.float().to(device) for key, value in scalars.items()})
+        numbers = {key: float(value) for key, value in scalars.items()}
         for logger in trainer.loggers:
-            logger.log_metrics({key: float(value) for key, value in scalars.items()}, step=step)
-        if self.log_spectrum and trainer.is_global_zero:
+            logger.log_metrics(numbers.copy(), step=step)
+        if self.log_spectrum and trainer.is_global_zero and trainer.loggers:
+            history_so_far = self.history
             quantiles = {e.layer: student_t_quantile(0.975, e.num_sequences - 1) for e in self.estimates.values()}
             for logger in trainer.loggers:
                 try:
-                    if not dashboard.log_spectra(logger, self.history, step, quantiles=quantiles, band=self.log_band):
+                    if not dashboard.log_spectra(logger, history_so_far, step, quantiles=quantiles, band=self.log_band):
                         run.warn(f"{type(logger).__name__} is not known to take pictures of the spectrum.")
                 except Exception as error:
                     if self.strict:

@@ -5,6 +5,7 @@ split of the data over batches or processes gives the same result.
 """
 
 import math
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -348,6 +349,7 @@ def lyapunov_metrics(num_exponents: int, prefix: str | None = None) -> MetricCol
     return MetricCollection(metrics, prefix=prefix, compute_groups=[list(metrics)])  # type: ignore[arg-type]
 
 
+@cache
 def student_t_quantile(probability: float, degrees: int) -> float:
     r"""Return the quantile of Student's distribution; infinity for no degree of freedom.
 
