@@ -5,6 +5,7 @@ of :class:`torch.nn.RNN`, :class:`torch.nn.GRU` and :class:`torch.nn.LSTM`). The
 work on every device, under parametrisations and pruning, and where a fused kernel has no forward derivative.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ from torch import Tensor
 __all__ = ["AutodiffRecurrence", "GRURecurrence", "LSTMRecurrence", "RNNRecurrence", "Recurrence"]
 
 # Jacobians are formed a few steps at a time: enough to fill a vector unit, few enough to stay in the cache.
-_MAX_JACOBIAN_ELEMENTS = 2**21
+_MAX_JACOBIAN_ELEMENTS = 2**19
 
 
 class Recurrence(ABC):
@@ -136,14 +137,6 @@ class _ClosedForm(Recurrence):
     def _advance(self, state: Tensor, drive: Tensor) -> Tensor:
         """Return the next state, given the state and what the input adds to the gates."""
 
-    @abstractmethod
-    def _tangents(self, states: Tensor, drive: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Return the tangent map of each step as tensors ``(time, batch, ...)``."""
-
-    @abstractmethod
-    def _apply(self, frame: Tensor, *tangent: Tensor) -> Tensor:
-        """Return the frame after one step, whose tangent map is ``tangent``."""
-
     def _drive(self, inputs: Tensor) -> Tensor:
         return F.linear(inputs, self.weight_ih, self.bias_ih)
 
@@ -160,13 +153,6 @@ class _ClosedForm(Recurrence):
             states.append(state)
         return torch.stack(states)
 
-    def push_forward(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
-        steps = max(1, _MAX_JACOBIAN_ELEMENTS // (frame.shape[0] * self.state_size**2))
-        for some_states, drive in zip(states.split(steps), self._drive(inputs).split(steps), strict=True):
-            for tangent in zip(*self._tangents(some_states, drive, frame.dtype), strict=True):
-                frame = self._apply(frame, *tangent)
-        return frame
-
 
 def _sigmoid_slope(x: Tensor) -> Tensor:
     """Return ``sigmoid'(x)`` to full relative accuracy, also where the gate is saturated."""
@@ -176,15 +162,6 @@ def _sigmoid_slope(x: Tensor) -> Tensor:
 def _tanh_slope(x: Tensor) -> Tensor:
     """Return ``tanh'(x) = sech^2(x)``; ``1 - tanh(x)^2`` would lose every digit of it from ``|x| = 19`` on."""
     return 4 * _sigmoid_slope(2 * x)
-
-
-def _scaled_rows(weight: Tensor, *factors: Tensor) -> Tensor:
-    """Return ``sum_i diag(factors[i]) weight[i]`` for a weight of ``len(factors)`` blocks of rows."""
-    first, *others = zip(factors, weight.chunk(len(factors)), strict=True)
-    total = first[0].unsqueeze(-1) * first[1]
-    for factor, block in others:
-        total.addcmul_(factor.unsqueeze(-1), block)
-    return total
 
 
 class RNNRecurrence(_ClosedForm):
@@ -200,46 +177,97 @@ class RNNRecurrence(_ClosedForm):
     def _advance(self, state: Tensor, drive: Tensor) -> Tensor:
         return self._phi(drive + self._recur(state))
 
-    def _tangents(self, states: Tensor, drive: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        slope = self._slope(drive + self._recur(states))
-        return (_scaled_rows(self.weight_hh.to(dtype), slope.to(dtype)),)
+    def push_forward(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
+        slopes = self._slope(self._drive(inputs) + self._recur(states)).to(frame.dtype)
+        # All sequences share the weight: one large product is faster than one for each.
+        vectors, weight = frame.mT, self.weight_hh.to(frame.dtype)
+        for slope in slopes.unsqueeze(-2):
+            vectors = F.linear(vectors, weight).mul_(slope)
+        return vectors.mT
 
-    def _apply(self, frame: Tensor, *tangent: Tensor) -> Tensor:
-        return tangent[0] @ frame
+
+class _GatedRecurrence(_ClosedForm):
+    """A cell with gates: the dense part of its Jacobian is a sum of blocks of the weight with their rows scaled.
+
+    Forming that sum is cheaper than applying each block to the frame, as long as it is made where the last one was.
+    """
+
+    dense_rows: int
+
+    @abstractmethod
+    def _factors(self, states: Tensor, drive: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return what scales the rows of the weight and what else the tangent map is made of, ``(time, batch, units)``.
+        """
+
+    @abstractmethod
+    def _form(self, dense: Tensor, weight: Tensor, *factors: Tensor) -> None:
+        """Write the dense part of the Jacobians into ``dense``, ``(time, batch, dense_rows, hidden)``."""
+
+    @abstractmethod
+    def _apply(self, frame: Tensor, dense: Tensor, *factors: Tensor) -> Tensor:
+        """Return the frame after one step."""
+
+    def push_forward(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
+        factors = self._factors(states, self._drive(inputs), frame.dtype)
+        weight = self.weight_hh.to(frame.dtype)
+        shape = frame.shape[0], self.dense_rows, weight.shape[1]
+        steps = min(len(states), max(1, _MAX_JACOBIAN_ELEMENTS // math.prod(shape)))
+        buffer = frame.new_empty(steps, *shape)
+        for some_factors in zip(*(factor.split(steps) for factor in factors), strict=True):
+            dense = buffer[: len(some_factors[0])]
+            self._form(dense, weight, *some_factors)
+            for step_factors in zip(dense, *some_factors, strict=True):
+                frame = self._apply(frame, *step_factors)
+        return frame
 
 
-class GRURecurrence(_ClosedForm):
+def _scale_rows(out: Tensor, weight: Tensor, *factors: Tensor) -> None:
+    """Write ``sum_i diag(factors[i]) weight[i]`` into ``out``, for a weight of ``len(factors)`` blocks of rows."""
+    (first, first_block), *others = zip(factors, weight.chunk(len(factors)), strict=True)
+    torch.mul(first.unsqueeze(-1), first_block, out=out)
+    for factor, block in others:
+        out.addcmul_(factor.unsqueeze(-1), block)
+
+
+class GRURecurrence(_GatedRecurrence):
     r"""The gated recurrent unit ``h' = (1 - z) n + z h``, ``n = tanh(W_in x + b_in + r (W_hn h + b_hn))``.
 
     ``J = diag(z) + diag((h - n) z (1 - z)) W_hz + diag((1 - z) n') (diag(r) W_hn + diag(q r (1 - r)) W_hr)``, where
     ``q = W_hn h + b_hn`` and ``n' = 1 - n^2``.
     """
 
+    def __init__(self, *weights: Tensor | None) -> None:
+        super().__init__(*weights)
+        self.dense_rows = self.state_size
+
     def _gates(self, states: Tensor, drive: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the arguments of ``r``, ``z`` and ``n``, and ``q``."""
         (r_x, z_x, n_x), (r_h, z_h, q) = drive.chunk(3, -1), self._recur(states).chunk(3, -1)
         r = r_x + r_h
-        return r, z_x + z_h, n_x + r.sigmoid() * q, q
+        return r, z_x + z_h, torch.addcmul(n_x, r.sigmoid(), q), q
 
     def _advance(self, state: Tensor, drive: Tensor) -> Tensor:
         _, z, n, _ = self._gates(state, drive)
         return torch.lerp(n.tanh(), state, z.sigmoid())
 
-    def _tangents(self, states: Tensor, drive: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        r, z, n, q = self._gates(states, drive)
+    def _factors(self, states: Tensor, drive: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        *gates, q = self._gates(states, drive)
+        change = (states - gates[2].tanh()).to(dtype)
+        r, z, n = (gate.to(dtype) for gate in gates)
         through_n = (-z).sigmoid() * _tanh_slope(n)
-        through_r = through_n * q * _sigmoid_slope(r)
-        through_z = (states - n.tanh()) * _sigmoid_slope(z)
-        factors = through_r, through_z, through_n * r.sigmoid()
-        jacobian = _scaled_rows(self.weight_hh.to(dtype), *(factor.to(dtype) for factor in factors))
-        jacobian.diagonal(dim1=-2, dim2=-1).add_(z.sigmoid().to(dtype))
-        return (jacobian,)
+        through_r = through_n * q.to(dtype) * _sigmoid_slope(r)
+        return through_r, change * _sigmoid_slope(z), through_n * r.sigmoid(), z.sigmoid()
 
-    def _apply(self, frame: Tensor, *tangent: Tensor) -> Tensor:
-        return tangent[0] @ frame
+    def _form(self, dense: Tensor, weight: Tensor, *factors: Tensor) -> None:
+        *through, keep = factors
+        _scale_rows(dense, weight, *through)
+        dense.diagonal(dim1=-2, dim2=-1).add_(keep)
+
+    def _apply(self, frame: Tensor, dense: Tensor, *factors: Tensor) -> Tensor:
+        return dense @ frame
 
 
-class LSTMRecurrence(_ClosedForm):
+class LSTMRecurrence(_GatedRecurrence):
     r"""The long short-term memory cell on ``s = (h, c)``: ``c' = f c + i g``, ``h' = W_hr (o tanh c')``.
 
     With ``u = o tanh c'`` (``h' = u`` where there is no projection), a tangent ``(dh, dc)`` is carried to
@@ -251,12 +279,13 @@ class LSTMRecurrence(_ClosedForm):
     def __init__(self, *weights: Tensor | None, weight_hr: Tensor | None = None) -> None:
         super().__init__(*weights)
         self.weight_hr = weight_hr
-        self.output_size = self.weight_hh.shape[1]
-        self.state_size = self.output_size + self.weight_hh.shape[0] // 4
+        self.output_size, self.cell_size = self.weight_hh.shape[1], self.weight_hh.shape[0] // 4
+        self.state_size = self.output_size + self.cell_size
+        self.dense_rows = 2 * self.cell_size
 
     def _gates(self, states: Tensor, drive: Tensor) -> tuple[Tensor, ...]:
         """Return the arguments of ``i``, ``f``, ``g`` and ``o``, then ``c`` and ``c'``."""
-        hidden, cell = states.split((self.output_size, self.state_size - self.output_size), -1)
+        hidden, cell = states.split((self.output_size, self.cell_size), -1)
         i, f, g, o = (drive + self._recur(hidden)).chunk(4, -1)
         return i, f, g, o, cell, f.sigmoid() * cell + i.sigmoid() * g.tanh()
 
@@ -267,24 +296,22 @@ class LSTMRecurrence(_ClosedForm):
         *_, o, _, cell = self._gates(state, drive)
         return torch.cat((self._project(o.sigmoid() * cell.tanh()), cell), -1)
 
-    def _tangents(self, states: Tensor, drive: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        i, f, g, o, cell, next_cell = self._gates(states, drive)
-        weight = self.weight_hh.to(dtype)
+    def _factors(self, states: Tensor, drive: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        i, f, g, o, cell, next_cell = (gate.to(dtype) for gate in self._gates(states, drive))
         through_cell = g.tanh() * _sigmoid_slope(i), cell * _sigmoid_slope(f), i.sigmoid() * _tanh_slope(g)
         through_output = next_cell.tanh() * _sigmoid_slope(o)
-        rows = 3 * cell.shape[-1]
-        dense = torch.cat(
-            (
-                _scaled_rows(weight[rows:], through_output.to(dtype)),
-                _scaled_rows(weight[:rows], *(factor.to(dtype) for factor in through_cell)),
-            ),
-            -2,
-        )
-        return dense, f.sigmoid().to(dtype), (o.sigmoid() * _tanh_slope(next_cell)).to(dtype)
+        return *through_cell, through_output, f.sigmoid(), o.sigmoid() * _tanh_slope(next_cell)
 
-    def _apply(self, frame: Tensor, *tangent: Tensor) -> Tensor:
-        dense, forget, expose = tangent
-        hidden, cell = frame.split((self.output_size, self.state_size - self.output_size), -2)
+    def _form(self, dense: Tensor, weight: Tensor, *factors: Tensor) -> None:
+        *through_cell, through_output, _, _ = factors
+        rows = 3 * self.cell_size
+        through_hidden, to_cell = dense.chunk(2, -2)
+        _scale_rows(through_hidden, weight[rows:], through_output)
+        _scale_rows(to_cell, weight[:rows], *through_cell)
+
+    def _apply(self, frame: Tensor, dense: Tensor, *factors: Tensor) -> Tensor:
+        *_, forget, expose = factors
+        hidden, cell = frame.split((self.output_size, self.cell_size), -2)
         u, next_cell = (dense @ hidden).chunk(2, -2)
         next_cell = torch.addcmul(next_cell, forget.unsqueeze(-1), cell)
         u = torch.addcmul(u, expose.unsqueeze(-1), next_cell)
