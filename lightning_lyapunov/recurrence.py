@@ -204,21 +204,22 @@ class _GatedRecurrence(_ClosedForm):
         """Write the dense part of the Jacobians into ``dense``, ``(time, batch, dense_rows, hidden)``."""
 
     @abstractmethod
-    def _apply(self, frame: Tensor, dense: Tensor, *factors: Tensor) -> Tensor:
-        """Return the frame after one step."""
+    def _apply(self, vectors: Tensor, dense: Tensor, *factors: Tensor) -> Tensor:
+        """Return the tangent vectors in the rows of ``vectors`` after one step."""
 
     def push_forward(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
         factors = self._factors(states, self._drive(inputs), frame.dtype)
         weight = self.weight_hh.to(frame.dtype)
         shape = frame.shape[0], self.dense_rows, weight.shape[1]
         steps = min(len(states), max(1, _MAX_JACOBIAN_ELEMENTS // math.prod(shape)))
-        buffer = frame.new_empty(steps, *shape)
+        # As rows, so that each vector lies side by side in memory.
+        vectors, buffer = frame.mT, frame.new_empty(steps, *shape)
         for some_factors in zip(*(factor.split(steps) for factor in factors), strict=True):
             dense = buffer[: len(some_factors[0])]
             self._form(dense, weight, *some_factors)
             for step_factors in zip(dense, *some_factors, strict=True):
-                frame = self._apply(frame, *step_factors)
-        return frame
+                vectors = self._apply(vectors, *step_factors)
+        return vectors.mT
 
 
 def _scale_rows(out: Tensor, weight: Tensor, *factors: Tensor) -> None:
@@ -263,8 +264,8 @@ class GRURecurrence(_GatedRecurrence):
         _scale_rows(dense, weight, *through)
         dense.diagonal(dim1=-2, dim2=-1).add_(keep)
 
-    def _apply(self, frame: Tensor, dense: Tensor, *factors: Tensor) -> Tensor:
-        return dense @ frame
+    def _apply(self, vectors: Tensor, dense: Tensor, *factors: Tensor) -> Tensor:
+        return vectors @ dense.mT
 
 
 class LSTMRecurrence(_GatedRecurrence):
@@ -309,13 +310,13 @@ class LSTMRecurrence(_GatedRecurrence):
         _scale_rows(through_hidden, weight[rows:], through_output)
         _scale_rows(to_cell, weight[:rows], *through_cell)
 
-    def _apply(self, frame: Tensor, dense: Tensor, *factors: Tensor) -> Tensor:
-        *_, forget, expose = factors
-        hidden, cell = frame.split((self.output_size, self.cell_size), -2)
-        u, next_cell = (dense @ hidden).chunk(2, -2)
-        next_cell = torch.addcmul(next_cell, forget.unsqueeze(-1), cell)
-        u = torch.addcmul(u, expose.unsqueeze(-1), next_cell)
-        return torch.cat((u if self.weight_hr is None else self.weight_hr.to(u.dtype) @ u, next_cell), -2)
+    def _apply(self, vectors: Tensor, dense: Tensor, *factors: Tensor) -> Tensor:
+        forget, expose = (factor.unsqueeze(-2) for factor in factors[-2:])
+        hidden, cell = vectors.split((self.output_size, self.cell_size), -1)
+        u, next_cell = (pushed := hidden @ dense.mT).chunk(2, -1)
+        next_cell.addcmul_(forget, cell)
+        u.addcmul_(expose, next_cell)
+        return pushed if self.weight_hr is None else torch.cat((F.linear(u, self.weight_hr.to(u.dtype)), next_cell), -1)
 
     def output(self, states: Tensor) -> Tensor:
         return states[..., : self.output_size]
