@@ -60,9 +60,10 @@ class Recurrence(ABC):
 class AutodiffRecurrence(Recurrence):
     """A function ``step(state, input) -> state`` without a closed form, differentiated by PyTorch.
 
-    Tangents are pushed forward by ``vmap(jvp)``, one product for each vector of the frame and the batch as it is. Where
-    a part of the step has no forward derivative, its Jacobians come from ``vmap(jacrev)``, and where it has no batching
-    rule either, from one backward pass for each component of the state. The first that works is kept.
+    Many tangents are pushed forward by Jacobians, of several steps at once, in reverse mode; few by forward mode, one
+    product for each vector and the batch as it is. Where a part of the step has no batching rule or forward derivative,
+    by the other of the two, and where it has neither, by one backward pass for each component of the state. The first
+    that works is kept.
     """
 
     def __init__(self, step: Callable[[Tensor, Tensor], Tensor], state_size: int) -> None:
@@ -75,46 +76,60 @@ class AutodiffRecurrence(Recurrence):
 
     def push_forward(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
         frame = frame.to(states.dtype)
-        for state, step_inputs in zip(states, inputs, strict=True):
-            if self._push is None:
-                self._push = self._first_that_works(state, step_inputs, frame)
-            frame = self._push(state, step_inputs, frame)
+        if self._push is None:
+            self._push = self._first_that_works(states[:1], inputs[:1], frame)
+        steps = max(1, 2 * _MAX_JACOBIAN_ELEMENTS // (frame.shape[0] * self.state_size**2))
+        for some_states, some_inputs in zip(states.split(steps), inputs.split(steps), strict=True):
+            frame = self._push(some_states, some_inputs, frame)
         return frame
 
     def _first_that_works(self, *arguments: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        ways = (self._push_by_forward_mode, self._push_by_reverse_mode, self._push_by_backward_passes)
-        for way in ways[:-1]:
+        ways = [self._push_by_forward_mode, self._push_by_reverse_mode]
+        if 2 * arguments[-1].shape[-1] >= self.state_size:
+            ways.reverse()
+        for way in ways:
             try:
                 way(*arguments)
                 return way
             except (RuntimeError, NotImplementedError, ValueError):
                 continue
-        return ways[-1]
+        return self._push_by_backward_passes
 
-    def _push_by_forward_mode(self, state: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
-        def derivative_along(tangent: Tensor) -> Tensor:
-            return torch.func.jvp(lambda s: self.step(s, inputs), (state,), (tangent,))[1]
+    def _push_by_forward_mode(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
+        for state, step_inputs in zip(states, inputs, strict=True):
 
-        # Not `out_dims=-1`, which gives a wrong shape where the derivative is identically zero (pytorch #178425).
-        return torch.func.vmap(derivative_along, in_dims=-1)(frame).movedim(0, -1)
+            def derivative_along(tangent: Tensor, state: Tensor = state, x: Tensor = step_inputs) -> Tensor:
+                return torch.func.jvp(lambda s: self.step(s, x), (state,), (tangent,))[1]
 
-    def _push_by_reverse_mode(self, state: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
-        def one(s: Tensor, x: Tensor) -> Tensor:
-            return self.step(s.unsqueeze(0), x.unsqueeze(0)).squeeze(0)
+            # Not `out_dims=-1`, which gives a wrong shape where the derivative is identically zero (pytorch #178425).
+            frame = torch.func.vmap(derivative_along, in_dims=-1)(frame).movedim(0, -1)
+        return frame
 
-        return torch.func.vmap(torch.func.jacrev(one))(state, inputs) @ frame
+    def _push_by_reverse_mode(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
+        # The members of the batch are independent: a cotangent of all of them is a row of each Jacobian.
+        rows = torch.eye(self.state_size).to(states).unsqueeze(1).expand(-1, states.shape[1], -1)
 
-    def _push_by_backward_passes(self, state: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
-        with torch.inference_mode(False), torch.enable_grad():
-            # Copies, because tensors made in inference mode cannot be saved for a backward pass.
-            before = state.clone().requires_grad_()
-            after = self.step(before, inputs.clone())
-            # The members of the batch are independent: the gradient of a sum over them holds a row for each.
-            rows = [
-                torch.autograd.grad(component.sum(), before, retain_graph=True, materialize_grads=True)[0]
-                for component in after.unbind(-1)
-            ]
-        return torch.stack(rows, -2) @ frame
+        def jacobian(state: Tensor, step_inputs: Tensor) -> Tensor:
+            pull_back = torch.func.vjp(lambda s: self.step(s, step_inputs), state)[1]
+            return torch.func.vmap(pull_back)(rows)[0].movedim(0, -2)
+
+        for matrices in torch.func.vmap(jacobian)(states, inputs):
+            frame = matrices @ frame
+        return frame
+
+    def _push_by_backward_passes(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
+        for state, step_inputs in zip(states, inputs, strict=True):
+            with torch.inference_mode(False), torch.enable_grad():
+                # Copies, because tensors made in inference mode cannot be saved for a backward pass.
+                before = state.clone().requires_grad_()
+                after = self.step(before, step_inputs.clone())
+                # As above: the gradient of a sum over the members holds a row for each.
+                rows = [
+                    torch.autograd.grad(component.sum(), before, retain_graph=True, materialize_grads=True)[0]
+                    for component in after.unbind(-1)
+                ]
+            frame = torch.stack(rows, -2) @ frame
+        return frame
 
 
 class _ClosedForm(Recurrence):

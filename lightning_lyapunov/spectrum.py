@@ -31,14 +31,16 @@ _LEANS = {
     (torch.float32, torch.float64): (20.0, 24.0),
     (torch.float64, torch.float64): (10.0, 13.0),
 }
+# What to accept of a single step in float32 where there is nothing better to turn to.
+_LAST_LEAN = 11.0
 # Steps that float32 must be able to take at once: below, float64 is faster where it costs only twice as much.
 _WORTHWHILE_INTERVAL = {"cpu": 4}
 # Columns that one Cholesky factorisation takes; more are split, so that most of the work is in large products.
 _PANEL = 32
 # What is left of a direction is doubted up to so many times the rounding error of the rows that it lies in.
-_DOUBT = 1e4
-# Lengths of tangent vectors that float32 holds without loss.
-_SAFE_LENGTHS = 1e-30, 1e30
+_DOUBT = {torch.float32: 1e1, torch.float64: 1e4}
+# Lengths of tangent vectors whose squares float32 holds without loss.
+_SAFE_LENGTHS = 1e-15, 1e15
 
 
 class TangentMap(Protocol):
@@ -142,7 +144,8 @@ class _Walk:
         self.interval = 1 if self.adaptive else self.longest
         # The dtype of the next products, whether they need Householder's method, and whether the frame is orthonormal.
         # The first step is taken in the best one: how far it leans decides what can be afforded.
-        self.dtype, self.careful, self.oblique = self.fate.dtype, False, False
+        self.dtype = self.best_dtype = self.fate.dtype
+        self.careful, self.oblique = False, False
 
     def keep(self, running: int) -> None:
         """Go on with the first ``running`` sequences only: the others have ended."""
@@ -169,12 +172,14 @@ class _Walk:
         steps = len(inputs)
         while True:
             pushed = self.tangent_map.push_forward(states[:steps], inputs[:steps], self.frame.to(self.dtype))
+            # A callable may stay in its own dtype: then that is the best there is.
+            if pushed.dtype != self.dtype:
+                self.dtype = self.best_dtype = pushed.dtype
             if self.careful:
                 growth, lean = self._straighten(pushed)
                 break
-            # A callable may stay in its own dtype.
-            factorise = _orthonormalise if pushed.dtype == torch.float32 else _eliminate
-            frame, growth, lean = factorise(pushed, self.fate == 0, self._leans(pushed.dtype)[1])
+            factorise = _orthonormalise if self.dtype == torch.float32 else _eliminate
+            frame, growth, lean = factorise(pushed, self.fate == 0, self._accepted(steps))
             if lean < math.inf:
                 self.frame, self.oblique = frame, factorise is _eliminate
                 break
@@ -183,8 +188,8 @@ class _Walk:
                 steps //= 2
                 self.interval = steps
             else:
-                self.careful = self.dtype == self.fate.dtype
-                self.dtype = self.fate.dtype
+                self.careful = self.dtype == self.best_dtype
+                self.dtype = self.best_dtype
         self._plan(steps, lean)
         return steps, growth
 
@@ -198,17 +203,20 @@ class _Walk:
         """Choose dtype and interval of the next products from how far the frame leant in these."""
         per_step = max(lean / steps, 1e-3)
         worthwhile = _WORTHWHILE_INTERVAL.get(self.frame.device.type, 1) if self.adaptive else 1
-        quick = self._leans(self.wanted_dtype)[0] >= worthwhile * per_step
-        self.dtype = self.wanted_dtype if quick else self.fate.dtype
-        aimed, accepted = self._leans(self.dtype)
-        room = max(int(aimed / per_step), int(accepted >= per_step))
+        quick = self._aimed(self.wanted_dtype) >= worthwhile * per_step
+        self.dtype = self.wanted_dtype if quick else self.best_dtype
+        room = max(int(self._aimed(self.dtype) / per_step), int(self._accepted(1) >= per_step))
         self.careful = room == 0
         longest = min(room, self.longest) if self.adaptive else self.longest
         self.interval = 1 if self.careful else max(1, min(2 * self.interval, longest))
 
-    def _leans(self, dtype: torch.dtype) -> tuple[float, float]:
-        """Return the lean to aim at and the one to accept in products of a dtype."""
-        return _LEANS[self.wanted_dtype, dtype]
+    def _aimed(self, dtype: torch.dtype) -> float:
+        return _LEANS[self.wanted_dtype, dtype][0]
+
+    def _accepted(self, steps: int) -> float:
+        if steps == 1 and self.best_dtype == torch.float32:
+            return _LAST_LEAN
+        return _LEANS[self.wanted_dtype, self.dtype][1]
 
 
 def _orthonormalise(pushed: Tensor, alive: Tensor, accepted: float) -> tuple[Tensor, Tensor, float]:
@@ -218,7 +226,7 @@ def _orthonormalise(pushed: Tensor, alive: Tensor, accepted: float) -> tuple[Ten
     directions are carried as zeros.
     """
     pushed = _without_dead(pushed, alive)
-    lengths = torch.linalg.vector_norm(pushed, dim=-2, dtype=_precise_dtype(pushed.device))
+    lengths = torch.linalg.vector_norm(pushed, dim=-2)
     frame, stretches = _gram_schmidt(pushed, alive)
     shortest, longest = _SAFE_LENGTHS
     resolved = (lengths.where(alive, 1) >= shortest).all() & (lengths <= longest).all()
@@ -299,7 +307,7 @@ def _orthonormalise_carefully(pushed: Tensor, alive: Tensor) -> tuple[Tensor, Te
     tails = sizes.square().flip(-1).cumsum(-1).flip(-1).sqrt()[..., : stretches.shape[-1]]
     rounding = pushed.shape[-2] * torch.finfo(pushed.dtype).eps
     dead = stretches <= rounding * tails
-    if (stretches <= _DOUBT * rounding * tails).any():
+    if (stretches <= _DOUBT[pushed.dtype] * rounding * tails).any():
         # Ill-conditioned vectors before a dead one add to its rounding error. Then the rank decides, with each row in
         # its own scale: so many directions live, those with the most left of them.
         scaled = precise.gather(-2, order) / sizes.where(sizes > 0, 1).unsqueeze(-1)
