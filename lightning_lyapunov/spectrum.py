@@ -226,7 +226,7 @@ def _orthonormalise(pushed: Tensor, alive: Tensor, accepted: float) -> tuple[Ten
     directions are carried as zeros.
     """
     pushed = _without_dead(pushed, alive)
-    lengths = torch.linalg.vector_norm(pushed, dim=-2)
+    lengths = pushed.square().sum(-2).sqrt()  # `vector_norm` takes ten times as long
     frame, stretches = _gram_schmidt(pushed, alive)
     shortest, longest = _SAFE_LENGTHS
     resolved = (lengths.where(alive, 1) >= shortest).all() & (lengths <= longest).all()
@@ -273,7 +273,7 @@ def _eliminate(pushed: Tensor, alive: Tensor, accepted: float) -> tuple[Tensor, 
     pushed = _without_dead(pushed, alive)
     factors, pivots, _ = torch.linalg.lu_factor_ex(pushed)
     stretches = factors.diagonal(dim1=-2, dim2=-1).abs().where(alive, 1)
-    lean = float(_lean(torch.linalg.vector_norm(pushed, math.inf, dim=-2), stretches, alive))
+    lean = float(_lean(pushed.abs().amax(-2), stretches, alive))
     if not lean <= accepted:
         return pushed, stretches, math.inf
     # LAPACK stores columns: what is done to the vectors side by side in memory is quick.
