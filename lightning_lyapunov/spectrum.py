@@ -23,16 +23,16 @@ A step that multiplies by less than this leaves nothing of a float32 number.
 
 # The longest stretch between two re-orthonormalisations that "auto" tries. Beyond it the cost hardly falls further.
 _MAX_INTERVAL = 16
-# How far a tangent vector may lean towards the faster ones, as log(length / distance to their span), by the dtype that
-# was asked for and the one of the products: the rounding error of its growth is exp(lean) that of the products' dtype.
-# "auto" aims at the first and accepts the second.
+# How far a tangent vector may lean towards the faster ones, as log(longest length / distance to their span), by the dtype
+# that was asked for and the one of the products: the rounding error of its growth is exp(lean) that of the products'
+# dtype. "auto" aims at the first and accepts the second.
 _LEANS = {
     (torch.float32, torch.float32): (6.5, 7.5),
     (torch.float32, torch.float64): (20.0, 24.0),
     (torch.float64, torch.float64): (10.0, 13.0),
 }
-# What to accept of a single step in float32 where there is nothing better to turn to.
-_LAST_LEAN = 11.0
+# What Cholesky's method resolves in float64: accepted of a first step, and of any where there is no better product.
+_CHOLESKY_LEAN = 11.0
 # Steps that float32 must be able to take at once: below, float64 is faster where it costs only twice as much.
 _WORTHWHILE_INTERVAL = {"cpu": 4}
 # Columns that one Cholesky factorisation takes; more are split, so that most of the work is in large products.
@@ -142,10 +142,10 @@ class _Walk:
         self.adaptive = qr_interval == "auto"
         self.longest = _MAX_INTERVAL if qr_interval == "auto" else qr_interval
         self.interval = 1 if self.adaptive else self.longest
-        # The dtype of the next products, whether they need Householder's method, and whether the frame is orthonormal.
-        # The first step is taken in the best one: how far it leans decides what can be afforded.
+        # The dtype of the next products, at first the best: how far one step leans decides what can be afforded.
         self.dtype = self.best_dtype = self.fate.dtype
-        self.careful, self.oblique = False, False
+        # Whether the next frame comes from elimination, or needs Householder's method; and whether this one is oblique.
+        self.eliminating, self.careful, self.oblique = dtype == torch.float64, False, False
 
     def keep(self, running: int) -> None:
         """Go on with the first ``running`` sequences only: the others have ended."""
@@ -162,9 +162,8 @@ class _Walk:
             self.fate = self.fate.masked_fill(~self.state.isfinite().all(-1, keepdim=True), math.nan)
             grown += growth + self.fate
             inputs = inputs[steps:]
-        if self.oblique:
-            growth, _ = self._straighten(self.frame)
-            grown += growth + self.fate
+            if self.oblique and not (len(inputs) and self.eliminating):
+                grown += self._straighten(self.frame)[0] + self.fate
         return grown
 
     def _push(self, states: Tensor, inputs: Tensor) -> tuple[int, Tensor]:
@@ -172,24 +171,25 @@ class _Walk:
         steps = len(inputs)
         while True:
             pushed = self.tangent_map.push_forward(states[:steps], inputs[:steps], self.frame.to(self.dtype))
-            # A callable may stay in its own dtype: then that is the best there is.
             if pushed.dtype != self.dtype:
-                self.dtype = self.best_dtype = pushed.dtype
+                # A callable may stay in its own dtype: then that is the best there is.
+                self.dtype = self.best_dtype = self.wanted_dtype = pushed.dtype
             if self.careful:
                 growth, lean = self._straighten(pushed)
                 break
-            factorise = _orthonormalise if self.dtype == torch.float32 else _eliminate
+            factorise = _eliminate if self.eliminating else _orthonormalise
             frame, growth, lean = factorise(pushed, self.fate == 0, self._accepted(steps))
             if lean < math.inf:
-                self.frame, self.oblique = frame, factorise is _eliminate
+                self.frame, self.oblique = frame, self.eliminating
                 break
             # Not resolved: again in half as many steps, at last in one in float64, at the very last with care.
             if steps > 1:
                 steps //= 2
                 self.interval = steps
+            elif self.best_dtype == torch.float64 and not self.eliminating:
+                self.dtype, self.eliminating = self.best_dtype, True
             else:
-                self.careful = self.dtype == self.best_dtype
-                self.dtype = self.best_dtype
+                self.careful = True
         self._plan(steps, lean)
         return steps, growth
 
@@ -200,22 +200,25 @@ class _Walk:
         return growth, lean
 
     def _plan(self, steps: int, lean: float) -> None:
-        """Choose dtype and interval of the next products from how far the frame leant in these."""
+        """Choose method and interval of the next products from how far the frame leant in these."""
         per_step = max(lean / steps, 1e-3)
-        worthwhile = _WORTHWHILE_INTERVAL.get(self.frame.device.type, 1) if self.adaptive else 1
-        quick = self._aimed(self.wanted_dtype) >= worthwhile * per_step
-        self.dtype = self.wanted_dtype if quick else self.best_dtype
-        room = max(int(self._aimed(self.dtype) / per_step), int(self._accepted(1) >= per_step))
+        if self.wanted_dtype != self.best_dtype:
+            quick, _ = _LEANS[self.wanted_dtype, self.wanted_dtype]
+            worthwhile = _WORTHWHILE_INTERVAL.get(self.frame.device.type, 1) if self.adaptive else 1
+            # An oblique frame leans by itself: then only a long stretch tells what a step adds.
+            enough = lean <= quick and steps == self.longest if self.oblique else worthwhile * per_step <= quick
+            self.eliminating = not enough
+            self.dtype = self.wanted_dtype if enough else self.best_dtype
+        room = max(int(_LEANS[self.wanted_dtype, self.dtype][0] / per_step), int(self._accepted(1) >= per_step))
         self.careful = room == 0
         longest = min(room, self.longest) if self.adaptive else self.longest
         self.interval = 1 if self.careful else max(1, min(2 * self.interval, longest))
 
-    def _aimed(self, dtype: torch.dtype) -> float:
-        return _LEANS[self.wanted_dtype, dtype][0]
-
     def _accepted(self, steps: int) -> float:
-        if steps == 1 and self.best_dtype == torch.float32:
-            return _LAST_LEAN
+        """Return the lean to accept from so many steps."""
+        last_resort = steps == 1 and self.best_dtype == torch.float32
+        if last_resort or (self.dtype != self.wanted_dtype and not self.eliminating):
+            return _CHOLESKY_LEAN
         return _LEANS[self.wanted_dtype, self.dtype][1]
 
 
