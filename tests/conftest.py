@@ -7,6 +7,19 @@ from hypothesis import settings
 # The tensors of the tests are small: more threads would only wait for one another where the cores are shared.
 torch.set_num_threads(1)
 
+
+def _trains_lstm_in_bfloat16() -> bool:
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.nn.LSTM(2, 2)(torch.zeros(1, 1, 2))
+    except RuntimeError:
+        return False
+    return True
+
+
+# oneDNN has no LSTM in bfloat16 for some CPUs, on which torch's own can train only without it.
+torch.backends.mkldnn.enabled = _trains_lstm_in_bfloat16()
+
 # Reproducible and quick by default; `pytest --hypothesis-profile=thorough` looks for new examples.
 settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True, database=None)
 settings.register_profile("thorough", max_examples=500, deadline=None)
