@@ -102,7 +102,7 @@ def _refuse_what_cannot_be_read(module: nn.Module) -> None:
         raise TypeError(f"{name} is quantised: its map has no derivative. Pass the module before quantisation.")
     if (missing := missing_weight(module)) is not None:
         raise TypeError(
-            f"The parameters of {name} are sharded, and `{missing}` is not here. Leave the recurrent layers out of the "
-            "sharding (FSDP: `ignored_modules`; DeepSpeed: stage 2), shard them with `fully_shard`, whose weights are "
-            "gathered (`ModelParallelStrategy`), or measure a gathered copy."
+            f"The parameters of {name} are sharded, and `{missing}` is not here. Shard them with `fully_shard` "
+            "(`ModelParallelStrategy`), whose weights are gathered, keep them whole (`DDPStrategy`; DeepSpeed: "
+            "stage 2), or measure a gathered copy."
         )

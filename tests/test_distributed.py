@@ -9,15 +9,17 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from models import FEATURES, Regressor, fit, series
 from test_callback import keys_of, published
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_lyapunov.callback
-from lightning_lyapunov import LyapunovMonitor
+from lightning_lyapunov import InstabilityStopping, LyapunovMonitor
 from lightning_lyapunov.sharding import whole
 
 SECONDS = 30
@@ -241,3 +243,32 @@ def test_data_that_one_process_has_less_of_does_not_let_the_others_wait(tmp_path
     results = distributed(Still(), 2, tmp_path, monitor=LyapunovMonitor(), data=data, max_epochs=2)
     assert_all_know_the_same(results)
     assert results[0]["history"]["rnn"]["step"].tolist() == [0, 1, 3]
+
+
+def test_no_process_adds_up_what_another_does_not_beside_loggers(tmp_path, monkeypatch):
+    """The first process has loggers, pictures and a progress to write; what it shares, all share."""
+    shared = []
+
+    def watched(name, collective):
+        def call(*args, **kwargs):
+            shared.append(name)
+            return collective(*args, **kwargs)
+
+        return call
+
+    for name in ("all_gather", "all_reduce", "reduce", "gather", "broadcast", "broadcast_object_list", "barrier"):
+        monkeypatch.setattr(torch.distributed, name, watched(name, getattr(torch.distributed, name)))
+
+    class SaveShared(Callback):
+        def on_train_end(self, trainer, pl_module):
+            torch.save(shared, f"{tmp_path}/shared{trainer.global_rank}.pt")
+
+    loggers = [TensorBoardLogger(tmp_path, "board"), CSVLogger(tmp_path, "table")]
+    assert_all_know_the_same(
+        distributed(Still(), 2, tmp_path, InstabilityStopping(threshold=9.0), SaveShared(), logger=loggers)
+    )
+    first, second = (torch.load(f"{tmp_path}/shared{rank}.pt") for rank in range(2))
+    assert first == second
+    assert {"all_gather", "all_reduce"} <= set(first)
+    events = EventAccumulator(str(next(tmp_path.glob("board/*")))).Reload()
+    assert events.Tags()["images"]
