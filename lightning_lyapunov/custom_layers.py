@@ -201,7 +201,7 @@ def _still_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Return a copy; of what ``fully_shard`` was called on, whose new class refuses to be copied, one of its own class."""
+    """Return a copy. What ``fully_shard`` was called on has a class that refuses to be copied: it gets its own back."""
     units: list[Any] = [part for part in module.modules() if hasattr(part, "unshard")]
     for unit in units:
         own = next(kind for kind in type(unit).__mro__ if not kind.__module__.startswith("torch.distributed."))

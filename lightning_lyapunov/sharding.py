@@ -24,20 +24,18 @@ def gathered(module: nn.Module | None) -> Iterator[None]:
 
     All processes of these must enter it. It touches nothing, and waits for nobody, where there is no ``DTensor``.
     """
+    parts = [] if module is None else module.modules()
+    tables: list[dict[str, Any]] = [table for part in parts for table in (part._parameters, part._buffers)]
     spread = [
-        (tensors, name, tensor)
-        for part in (module.modules() if module is not None else ())
-        for tensors in (part._parameters, part._buffers)
-        for name, tensor in tensors.items()
-        if hasattr(tensor, "full_tensor")
+        (table, name, value) for table in tables for name, value in table.items() if hasattr(value, "full_tensor")
     ]
     try:
-        for tensors, name, tensor in spread:
-            tensors[name] = whole(tensor)
+        for table, name, value in spread:
+            table[name] = whole(value)
         yield
     finally:
-        for tensors, name, tensor in spread:
-            tensors[name] = tensor
+        for table, name, value in spread:
+            table[name] = value
 
 
 def missing_weight(module: nn.Module) -> str | None:

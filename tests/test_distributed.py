@@ -1,7 +1,9 @@
 """Two and four processes: all know the value over all of their sequences, and none waits for another for ever."""
 
 import math
+import multiprocessing
 import signal
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 
@@ -12,8 +14,8 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from models import FEATURES, Regressor, fit, series
-from test_callback import keys_of, published
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_callback import keys_of, published
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
@@ -31,17 +33,21 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _in_time():
-    """A test that hangs fails."""
+@contextmanager
+def in_time():
+    """Fail, and end the processes, where these wait for one another."""
 
     def give_up(*_):
+        for process in multiprocessing.active_children():
+            process.kill()
         raise TimeoutError("the processes wait for one another")
 
     signal.signal(signal.SIGALRM, give_up)
     signal.alarm(2 * SECONDS)
-    yield
-    signal.alarm(0)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
 
 
 class Still(Regressor):
@@ -91,7 +97,8 @@ def distributed(model, num_processes, folder, *callbacks, monitor=None, strategy
     strategy = strategy(process_group_backend="gloo", timeout=timedelta(seconds=SECONDS))
     monitor = LyapunovMonitor(every_n_train_steps=1, warmup=2, strict=True) if monitor is None else monitor
     options = {"data": series(2 * num_processes), "max_epochs": 1, **options}
-    fit(model, monitor, *callbacks, SaveResults(folder), devices=num_processes, strategy=strategy, **options)
+    with in_time():
+        fit(model, monitor, *callbacks, SaveResults(folder), devices=num_processes, strategy=strategy, **options)
     return [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(num_processes)]
 
 
