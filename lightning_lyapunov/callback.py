@@ -486,8 +486,9 @@ def _find_layers(model: nn.Module, names: Sequence[str] | None) -> dict[str, tup
 
 def _sees_a_copy(trainer: Any) -> bool:
     """Return whether another process counts the same batch: the first of those that share a layer between them."""
-    mesh = getattr(trainer.strategy, "device_mesh", None)
-    return mesh is not None and mesh["tensor_parallel"].get_local_rank() > 0
+    mesh: Any = getattr(trainer.strategy, "device_mesh", None)
+    shared = "tensor_parallel" in (getattr(mesh, "mesh_dim_names", None) or ())
+    return shared and mesh["tensor_parallel"].get_local_rank() > 0
 
 
 def _without_wrappers(path: str) -> str:
