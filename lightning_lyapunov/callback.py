@@ -22,6 +22,7 @@ from lightning_lyapunov.layers import as_layer, is_recurrent
 from lightning_lyapunov.metrics import lyapunov_metrics, student_t_quantile
 from lightning_lyapunov.sampling import Recorder
 from lightning_lyapunov.sequences import RecurrentLayer, Sequences
+from lightning_lyapunov.sharding import gathered
 
 __all__ = ["Estimate", "LyapunovMonitor"]
 
@@ -248,6 +249,8 @@ class LyapunovMonitor(Callback):
         measured, device = {}, trainer.strategy.root_device
         # On a rank that has nothing to add, or fails, the others wait for it at the sums: it takes part all the same.
         growths = self._layer_growth(name, layer, run)
+        if growths and _sees_a_copy(trainer):
+            growths = []
         for index, cell in enumerate(layer.cell_names):
             count = self._num_exponents_of(layer, index, trainer)
             metrics = lyapunov_metrics(count).to("cpu" if device.type == "mps" else device)
@@ -264,26 +267,9 @@ class LyapunovMonitor(Callback):
         Nothing for a layer that was not called; None for one that could not be measured.
         """
         try:
-            if name in run.recorder.errors:
-                raise run.recorder.errors[name]
-            if name not in run.sequences:
-                run.warn(
-                    f"The recurrent layer `{name}` was not called in a training step (or it is compiled with others as "
-                    "one graph). Its last values are repeated."
-                )
-                return []
-            sequences = run.sequences[name]
-            longest = int(sequences.lengths.max())
-            warmup = min(self.warmup, longest // 2)
-            growths = layer_growth(
-                layer,
-                sequences,
-                num_exponents=self.num_exponents,
-                warmup=warmup,
-                qr_interval=self.qr_interval,
-                dtype=working_dtype(layer, sequences, self.dtype),
-                segments=min(_SEGMENTS, longest - warmup) if len(sequences.lengths) == 1 else 1,
-            )
+            # In every process, whatever its batch held: all of them wait for it.
+            with gathered(layer.module):
+                return self._own_growth(name, layer, run)
         except Exception as error:
             if self.strict:
                 raise
@@ -293,6 +279,28 @@ class LyapunovMonitor(Callback):
                 "`EarlyStopping` to wait for a first value, `check_finite=False`."
             )
             return None
+
+    def _own_growth(self, name: str, layer: RecurrentLayer, run: "_Run") -> list[tuple[Tensor, Tensor]]:
+        if name in run.recorder.errors:
+            raise run.recorder.errors[name]
+        if name not in run.sequences:
+            run.warn(
+                f"The recurrent layer `{name}` was not called in a training step (or it is compiled with others as "
+                "one graph). Its last values are repeated."
+            )
+            return []
+        sequences = run.sequences[name]
+        longest = int(sequences.lengths.max())
+        warmup = min(self.warmup, longest // 2)
+        growths = layer_growth(
+            layer,
+            sequences,
+            num_exponents=self.num_exponents,
+            warmup=warmup,
+            qr_interval=self.qr_interval,
+            dtype=working_dtype(layer, sequences, self.dtype),
+            segments=min(_SEGMENTS, longest - warmup) if len(sequences.lengths) == 1 else 1,
+        )
         return [
             ((growth.total / growth.steps.unsqueeze(-1)).flatten(0, 1), growth.steps.flatten()) for _, growth in growths
         ]
@@ -474,6 +482,13 @@ def _find_layers(model: nn.Module, names: Sequence[str] | None) -> dict[str, tup
             inside = any(name.startswith(f"{path}.") for path in one_graph)
             layers[name] = (None if inside else one_graph.get(name, layer.module), layer)
     return layers
+
+
+def _sees_a_copy(trainer: Any) -> bool:
+    """Return whether another process counts the same batch: the first of those that share a layer between them."""
+    mesh: Any = getattr(trainer.strategy, "device_mesh", None)
+    shared = "tensor_parallel" in (getattr(mesh, "mesh_dim_names", None) or ())
+    return shared and mesh["tensor_parallel"].get_local_rank() > 0
 
 
 def _without_wrappers(path: str) -> str:

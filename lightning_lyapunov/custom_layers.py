@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_lyapunov.recurrence import AutodiffRecurrence
 from lightning_lyapunov.sequences import Call, Driven, RecurrentLayer, Sequences, check_tensor, trajectory_dtype
+from lightning_lyapunov.sharding import whole
 
 __all__ = ["CallableLayer", "CustomLayer", "Step"]
 
@@ -128,6 +129,7 @@ class CustomLayer(RecurrentLayer):
         return Sequences(inputs, states.unsqueeze(0), torch.full((inputs.shape[1],), inputs.shape[0]))
 
     def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call | None:
+        args, kwargs, output = pytree.tree_map(whole, (args, kwargs, output))
         if self._read_call is not None:
             return Call(self._sequences(*self._read_call(self.module, *args, **kwargs)), None)
         given = list(signature(self.module.forward).bind(*args, **kwargs).arguments.values())
@@ -189,13 +191,25 @@ def _still_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     memo: dict[int, Any] = {
         id(value): value.detach().clone() for value in kept if isinstance(value, Tensor) and value.grad_fn is not None
     }
-    still = copy.deepcopy(module, memo).eval().requires_grad_(False)
+    still = _copied(module, memo).eval().requires_grad_(False)
     for part in still.modules():
         for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
             # Those of torch, pruning and the older norms, make weights.
             for key in [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils.")]:
                 del hooks[key]
     return still._apply(lambda tensor: _cast(tensor, dtype))
+
+
+def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Return a copy. What ``fully_shard`` was called on has a class that refuses to be copied: it gets its own back."""
+    units: list[Any] = [part for part in module.modules() if hasattr(part, "unshard")]
+    for unit in units:
+        own = next(kind for kind in type(unit).__mro__ if not kind.__module__.startswith("torch.distributed."))
+        memo[id(unit)] = object.__new__(own)
+        memo[id(unit._get_fsdp_state())] = unit._get_fsdp_state()
+    for unit in units:
+        memo[id(unit)].__setstate__(copy.deepcopy(unit.__dict__, memo))
+    return copy.deepcopy(module, memo)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

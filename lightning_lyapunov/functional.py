@@ -12,6 +12,7 @@ from lightning_lyapunov.custom_layers import CallableLayer
 from lightning_lyapunov.layers import as_layer
 from lightning_lyapunov.recurrence import AutodiffRecurrence
 from lightning_lyapunov.sequences import Driven, RecurrentLayer, Sequences
+from lightning_lyapunov.sharding import gathered
 from lightning_lyapunov.spectrum import FLOOR, Growth, log_growth
 
 __all__ = ["jacobians", "layer_growth", "lyapunov_spectrum", "working_dtype"]
@@ -41,7 +42,8 @@ def lyapunov_spectrum(
             ``(input, state)`` that returns the next state or ``(output, state)``, one of a class that
             :func:`~lightning_lyapunov.register_layer` knows, or a callable ``step(state, input) -> state`` on tensors
             ``(batch, state)`` and ``(batch, input)``. The members of a batch must be independent of one another. A
-            module is measured in evaluation mode, so without dropout.
+            module is measured in evaluation mode, so without dropout. Where its weights are ``DTensor``, all of their
+            processes must make this call.
         inputs: what the module would be called with (``batch_first``, packed, unbatched: as the module takes it);
             for a callable and for a cell ``(time, batch, input)``. A map without input takes ``(time, batch, 0)``.
         state: what the module would be called with, zeros by default for those of torch; for a callable
@@ -75,7 +77,7 @@ def lyapunov_spectrum(
         tensor([[0., 0.]], dtype=torch.float64)
     """
     layer = _layer(dynamics)
-    with _undisturbed():
+    with _undisturbed(), gathered(layer.module):
         sequences, dtype = _read(layer, inputs, state, dtype)
         count = _check_options(layer, sequences, num_exponents, warmup, qr_interval)
         growths = [
@@ -147,7 +149,7 @@ def jacobians(
         raise ValueError(
             "`dynamics` is bidirectional: its two directions share no step. Pass each direction by itself."
         )
-    with _undisturbed():
+    with _undisturbed(), gathered(layer.module):
         sequences, _ = _read(layer, inputs, state, None)
         cells = list(layer.drive(sequences))
 

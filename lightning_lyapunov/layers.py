@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_lyapunov.custom_layers import CallableLayer, CustomLayer, Step
 from lightning_lyapunov.sequences import RecurrentLayer
+from lightning_lyapunov.sharding import missing_weight
 from lightning_lyapunov.torch_layers import CellLayer, StackedLayer
 
 __all__ = ["as_layer", "is_recurrent", "register_layer"]
@@ -99,9 +100,9 @@ def _refuse_what_cannot_be_read(module: nn.Module) -> None:
         raise TypeError(f"{name} is scripted: its weights cannot be followed. Pass the module that was scripted.")
     if "quantized" in type(module).__module__:
         raise TypeError(f"{name} is quantised: its map has no derivative. Pass the module before quantisation.")
-    for parameter_name, parameter in module.named_parameters():
-        if hasattr(parameter, "ds_id") or (parameter.numel() == 0 and "weight" in parameter_name):
-            raise TypeError(
-                f"The parameters of {name} are sharded, and `{parameter_name}` is not here. Leave the recurrent layers "
-                "out of the sharding (FSDP: `ignored_modules`; DeepSpeed: stage 2), or measure a gathered copy."
-            )
+    if (missing := missing_weight(module)) is not None:
+        raise TypeError(
+            f"The parameters of {name} are sharded, and `{missing}` is not here. Shard them with `fully_shard` "
+            "(`ModelParallelStrategy`), whose weights are gathered, keep them whole (`DDPStrategy`; DeepSpeed: "
+            "stage 2), or measure a gathered copy."
+        )

@@ -14,6 +14,7 @@ SOURCES = {path.stem: path.read_text() for path in sorted(FOLDER.glob("*.py"))}
 TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
 LEVELS = [
     {"recurrence", "spectrum", "invariants"},
+    {"sharding"},
     {"sequences"},
     {"torch_layers", "custom_layers"},
     {"layers"},

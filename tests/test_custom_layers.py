@@ -843,7 +843,10 @@ def linear():
 REFUSED = {
     "scripted": (scripted, "is scripted.* Pass the module that was scripted"),
     "quantised": (quantised, "LSTM is quantised.* Pass the module before quantisation"),
-    "DeepSpeed": (of_deepspeed, "parameters of LSTM are sharded, and `weight_hh_l0` is not here.*Leave .* out of"),
+    "DeepSpeed": (
+        of_deepspeed,
+        "parameters of LSTM are sharded, and `weight_hh_l0` is not here.*keep .* DeepSpeed: stage 2",
+    ),
     "empty": (sharded_away, "parameters of LSTM are sharded, and `weight_hh_l0` is not here.*or measure a gathered"),
     "linear": (linear, r"Linear is no recurrent layer: it is not called as \(input, state\).*`register_layer`"),
 }

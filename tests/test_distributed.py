@@ -1,22 +1,28 @@
 """Two and four processes: all know the value over all of their sequences, and none waits for another for ever."""
 
 import math
+import multiprocessing
 import signal
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from models import FEATURES, Regressor, fit, series
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_callback import keys_of, published
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_lyapunov.callback
-from lightning_lyapunov import LyapunovMonitor
+from lightning_lyapunov import InstabilityStopping, LyapunovMonitor
+from lightning_lyapunov.sharding import whole
 
 SECONDS = 30
 
@@ -27,17 +33,21 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _in_time():
-    """A test that hangs fails."""
+@contextmanager
+def in_time():
+    """Fail, and end the processes, where these wait for one another."""
 
     def give_up(*_):
+        for process in multiprocessing.active_children():
+            process.kill()
         raise TimeoutError("the processes wait for one another")
 
     signal.signal(signal.SIGALRM, give_up)
     signal.alarm(2 * SECONDS)
-    yield
-    signal.alarm(0)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
 
 
 class Still(Regressor):
@@ -72,21 +82,23 @@ class SaveResults(Callback):
             "values": self.values,
             "history": monitor.history,
             "inputs": pl_module.seen,
-            "weights": pl_module.state_dict(),
+            "weights": {name: whole(weight) for name, weight in pl_module.state_dict().items()},
             "epochs": trainer.current_epoch,
         }
         torch.save(results, f"{self.folder}/{trainer.global_rank}.pt")
 
 
-def distributed(model, num_processes, folder, *callbacks, monitor=None, unused=False, **options):
+def ddp(**options):
+    return DDPStrategy(start_method="fork", **options)
+
+
+def distributed(model, num_processes, folder, *callbacks, monitor=None, strategy=ddp, **options):
     """Train in several processes and return what each of them has written down."""
-    timeout = timedelta(seconds=SECONDS)
-    strategy = DDPStrategy(
-        process_group_backend="gloo", start_method="fork", timeout=timeout, find_unused_parameters=unused
-    )
+    strategy = strategy(process_group_backend="gloo", timeout=timedelta(seconds=SECONDS))
     monitor = LyapunovMonitor(every_n_train_steps=1, warmup=2, strict=True) if monitor is None else monitor
     options = {"data": series(2 * num_processes), "max_epochs": 1, **options}
-    fit(model, monitor, *callbacks, SaveResults(folder), devices=num_processes, strategy=strategy, **options)
+    with in_time():
+        fit(model, monitor, *callbacks, SaveResults(folder), devices=num_processes, strategy=strategy, **options)
     return [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(num_processes)]
 
 
@@ -155,10 +167,13 @@ class Sometimes(Still):
         return super().forward(inputs) + extra
 
 
+unused = partial(ddp, find_unused_parameters=True)
+
+
 @worlds
 def test_a_layer_that_one_process_does_not_call_is_measured_on_the_others(num_processes, tmp_path):
     callers = list(range(1, num_processes))
-    results = distributed(Sometimes(callers), num_processes, tmp_path, unused=True)
+    results = distributed(Sometimes(callers), num_processes, tmp_path, strategy=unused)
     assert_all_know_the_same(results)
     assert set(results[0]["values"][0]) == keys_of("rnn", "other")
     batches = [torch.cat(parts) for parts in zip(*(results[rank]["inputs"] for rank in callers), strict=True)]
@@ -169,7 +184,7 @@ def test_a_layer_that_one_process_does_not_call_is_measured_on_the_others(num_pr
 
 
 def test_a_layer_that_no_process_calls_keeps_its_keys_and_nobody_waits(tmp_path):
-    results = distributed(Sometimes([]), 2, tmp_path, unused=True)
+    results = distributed(Sometimes([]), 2, tmp_path, strategy=unused)
     assert_all_know_the_same(results)
     values = results[0]["values"][-1]
     assert set(values) == keys_of("rnn", "other")
@@ -204,21 +219,23 @@ def test_one_process_whose_measurement_fails_makes_nan_of_all_and_nobody_waits(t
     assert results[0]["values"][-1]["lyapunov/rnn/max"].isnan()
 
 
-@pytest.mark.parametrize("unused", [False, True], ids=["all parameters used", "find_unused_parameters"])
-def test_the_weights_of_several_processes_are_bitwise_those_without_the_monitor(unused, tmp_path):
-    class Moving(Still):
-        def on_after_backward(self):
-            pass
+class Moving(Still):
+    def on_after_backward(self):
+        pass
 
-    class Sleeping(LyapunovMonitor):
-        """Is there and does nothing."""
 
-        def on_fit_start(self, trainer, pl_module):
-            pass
+class Sleeping(LyapunovMonitor):
+    """Is there and does nothing."""
 
+    def on_fit_start(self, trainer, pl_module):
+        pass
+
+
+@pytest.mark.parametrize("strategy", [ddp, unused], ids=["all parameters used", "find_unused_parameters"])
+def test_the_weights_of_several_processes_are_bitwise_those_without_the_monitor(strategy, tmp_path):
     results = []
     for monitor in (Sleeping(), LyapunovMonitor(every_n_train_steps=1, strict=True)):
-        results.append(distributed(Moving(), 2, tmp_path, monitor=monitor, unused=unused, max_epochs=2))
+        results.append(distributed(Moving(), 2, tmp_path, monitor=monitor, strategy=strategy, max_epochs=2))
     without, monitored = results
     assert not without[0]["values"][0]
     assert_all_know_the_same(monitored)
@@ -233,3 +250,32 @@ def test_data_that_one_process_has_less_of_does_not_let_the_others_wait(tmp_path
     results = distributed(Still(), 2, tmp_path, monitor=LyapunovMonitor(), data=data, max_epochs=2)
     assert_all_know_the_same(results)
     assert results[0]["history"]["rnn"]["step"].tolist() == [0, 1, 3]
+
+
+def test_no_process_adds_up_what_another_does_not_beside_loggers(tmp_path, monkeypatch):
+    """The first process has loggers, pictures and a progress to write; what it shares, all share."""
+    shared = []
+
+    def watched(name, collective):
+        def call(*args, **kwargs):
+            shared.append(name)
+            return collective(*args, **kwargs)
+
+        return call
+
+    for name in ("all_gather", "all_reduce", "reduce", "gather", "broadcast", "broadcast_object_list", "barrier"):
+        monkeypatch.setattr(torch.distributed, name, watched(name, getattr(torch.distributed, name)))
+
+    class SaveShared(Callback):
+        def on_train_end(self, trainer, pl_module):
+            torch.save(shared, f"{tmp_path}/shared{trainer.global_rank}.pt")
+
+    loggers = [TensorBoardLogger(tmp_path, "board"), CSVLogger(tmp_path, "table")]
+    assert_all_know_the_same(
+        distributed(Still(), 2, tmp_path, InstabilityStopping(threshold=9.0), SaveShared(), logger=loggers)
+    )
+    first, second = (torch.load(f"{tmp_path}/shared{rank}.pt") for rank in range(2))
+    assert first == second
+    assert {"all_gather", "all_reduce"} <= set(first)
+    events = EventAccumulator(str(next(tmp_path.glob("board/*")))).Reload()
+    assert events.Tags()["images"]
