@@ -2,40 +2,46 @@
 
     python tests/benchmarks/bench_spectrum.py [--device cuda] [--repeats 5] [--only GRU-64]
 
-The floor is the batched products with the frame that the method must do, alone, in the dtype used. The textbook is
-`vmap(jacrev)` of torch's own cell and a QR decomposition at every step; JAX's column is the same loop, jitted. Medians.
+The floor is the batched products with the frame that the method must do, alone, in float32 and in float64; the package
+chooses between the two by how far the directions part in a step, and its choice is marked. The textbook is
+`vmap(jacrev)` of torch's own cell, or of the same callable, and a QR decomposition at every step; JAX's column is the
+same loop, jitted. All of a case are timed in turn, so that what disturbs one disturbs the others. Medians.
 """
 
 import argparse
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
+from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lyapunov import lyapunov_spectrum
+from lightning_lyapunov import lyapunov_spectrum, spectrum
 
 INPUTS = 32
 
 
-def median_seconds(function: Callable[[], object], repeats: int, device: str) -> float:
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+def seconds(function: Callable[[], object], device: str) -> float:
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
-def floor(module: nn.Module, batch: int, steps: int, num_exponents: int, device: str) -> Callable[[], None]:
+def medians(functions: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
+    """Time functions in turn, after a run of each to warm up."""
+    rounds = [{name: seconds(run, device) for name, run in functions.items()} for _ in range(repeats + 1)]
+    return {name: statistics.median(times[name] for times in rounds[1:]) for name in functions}
+
+
+def floor(units: int, rows: int, batch: int, steps: int, num_exponents: int, options: dict[str, object]) -> Callable:
     """Return the products alone: of the frame with the dense columns of the Jacobian, for an LSTM those of h."""
-    size = module.hidden_size
-    rows = 2 * size if isinstance(module, nn.LSTM) else size
-    jacobian = torch.randn(batch, rows, size, device=device) / size**0.5
-    frame = torch.randn(batch, size, num_exponents, device=device)
+    jacobian = torch.randn(batch, rows, units, **options) / units**0.5
+    frame = torch.randn(batch, units, num_exponents, **options)
 
     def products() -> None:
         for _ in range(steps):
@@ -107,16 +113,84 @@ def jax_gru(module: nn.GRU, inputs: Tensor) -> Callable[[], object] | None:
     return lambda: spectra(sequences, frame).block_until_ready()
 
 
+def gated_step(module: nn.GRU) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a cell of one's own, without a closed form: the equations of the GRU, with one bias."""
+    weight_x, weight_h = module.weight_ih_l0.detach().T, module.weight_hh_l0.detach().T
+
+    def step(state: Tensor, inputs: Tensor) -> Tensor:
+        (r_x, z_x, n_x), (r_h, z_h, n_h) = (inputs @ weight_x).chunk(3, -1), (state @ weight_h).chunk(3, -1)
+        z = (z_x + z_h).sigmoid()
+        return (1 - z) * (n_x + (r_x + r_h).sigmoid() * n_h).tanh() + z * state
+
+    return step
+
+
+class Case(NamedTuple):
+    layer: type[nn.RNNBase]
+    units: int
+    batch: int
+    steps: int
+    num_exponents: int | None = None
+    peers: bool = True
+    own_cell: bool = False
+
+
 CASES = {
-    # name: layer, units, sequences, steps, exponents (None = all), peers
-    "GRU-64": (nn.GRU, 64, 16, 512, None, True),
-    "GRU-256": (nn.GRU, 256, 8, 128, None, True),
-    "GRU-256, 16": (nn.GRU, 256, 8, 128, 16, False),
-    "RNN-256": (nn.RNN, 256, 8, 128, None, True),
-    "LSTM-256, 16": (nn.LSTM, 256, 16, 100, 16, False),
-    "LSTM-512": (nn.LSTM, 512, 10, 10, None, False),
-    "LSTM-512, 64": (nn.LSTM, 512, 10, 10, 64, False),
+    "GRU-64": Case(nn.GRU, 64, 16, 512),
+    "GRU-256": Case(nn.GRU, 256, 8, 128),
+    "RNN-64": Case(nn.RNN, 64, 16, 512),
+    "RNN-256": Case(nn.RNN, 256, 8, 128),
+    "LSTM-64": Case(nn.LSTM, 64, 16, 128, peers=False),  # vmap knows no `lstm_cell`
+    "own cell, 64": Case(nn.GRU, 64, 16, 128, own_cell=True),
+    "own cell, 256": Case(nn.GRU, 256, 8, 64, own_cell=True),
+    "GRU-256, 16": Case(nn.GRU, 256, 8, 128, 16, peers=False),
+    "LSTM-256, 16": Case(nn.LSTM, 256, 16, 100, 16, peers=False),
+    "LSTM-512, 64": Case(nn.LSTM, 512, 10, 100, 64, peers=False),
+    "LSTM-512": Case(nn.LSTM, 512, 10, 100, peers=False),
 }
+
+
+def dtype_of_most_products(run: Callable[[], object]) -> torch.dtype:
+    counts: Counter[torch.dtype] = Counter()
+    plan = spectrum._Walk._plan
+
+    def noted(walk: spectrum._Walk, steps: int, lean: float) -> None:
+        counts[walk.dtype] += steps
+        plan(walk, steps, lean)
+
+    with mock.patch.object(spectrum._Walk, "_plan", noted):
+        run()
+    return counts.most_common(1)[0][0]
+
+
+def compare(case: Case, repeats: int, device: str, peers: bool) -> str:
+    """Return the columns of a case, in seconds and ratios."""
+    torch.manual_seed(0)
+    module = case.layer(INPUTS, case.units).to(device)
+    inputs = torch.randn(case.steps, case.batch, INPUTS, device=device)
+    parts = 2 if case.layer is nn.LSTM else 1
+    size, state = case.units * parts, torch.zeros(case.batch, case.units, device=device)
+    step = gated_step(module) if case.own_cell else textbook_step(module)
+    arguments = (step, inputs, state) if case.own_cell else (module, inputs)
+    functions: dict[str, Callable[[], object]] = {
+        str(dtype): floor(
+            case.units, size, case.batch, case.steps, case.num_exponents or size, {"dtype": dtype, "device": device}
+        )
+        for dtype in (torch.float32, torch.float64)
+    }
+    functions["package"] = lambda: lyapunov_spectrum(*arguments, num_exponents=case.num_exponents)
+    used = dtype_of_most_products(functions["package"])
+    if peers and case.peers:
+        functions["textbook"] = lambda: textbook(step, inputs, size)
+        if case.layer is nn.GRU and not case.own_cell and (jitted := jax_gru(module, inputs)):
+            functions["JAX"] = jitted
+    times = medians(functions, repeats, device)
+    columns = f"{times['package']:9.3f}"
+    for dtype in (torch.float32, torch.float64):
+        columns += f" {times[str(dtype)]:9.3f} {times['package'] / times[str(dtype)]:5.1f}{'x*'[dtype == used]}"
+    for peer in ("textbook", "JAX"):
+        columns += f" {times[peer]:9.3f} {times[peer] / times['package']:5.1f}x" if peer in times else ""
+    return columns
 
 
 def main() -> None:
@@ -126,28 +200,14 @@ def main() -> None:
     parser.add_argument("--only", choices=CASES)
     parser.add_argument("--no-peers", action="store_true", help="leave out the textbook and JAX, which take minutes")
     arguments = parser.parse_args()
-    device, repeats = arguments.device, arguments.repeats
+    device = arguments.device
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"torch {torch.__version__}, {name}; seconds, and multiples of the package's time")
-    print(f"{'case':14} {'floor':>8} {'package':>9} {'x floor':>8} {'textbook':>16} {'JAX, jitted':>16}")
-    for case, (layer, units, batch, steps, wanted, peers) in CASES.items():
-        if arguments.only not in (None, case):
-            continue
-        torch.manual_seed(0)
-        module, inputs = layer(INPUTS, units).to(device), torch.randn(steps, batch, INPUTS, device=device)
-        size = units * (2 if layer is nn.LSTM else 1)
-        bottom = median_seconds(floor(module, batch, steps, wanted or size, device), repeats, device)
-        own = median_seconds(lambda: lyapunov_spectrum(module, inputs, num_exponents=wanted), repeats, device)  # noqa: B023
-        columns = f"{case:14} {bottom:8.3f} {own:9.3f} {own / bottom:8.1f}"
-        if peers and not arguments.no_peers:
-            step = textbook_step(module)
-            slow = median_seconds(lambda: textbook(step, inputs, size), min(repeats, 3), device)  # noqa: B023
-            columns += f" {slow:8.3f} {slow / own:6.1f}x"
-            jitted = jax_gru(module, inputs) if layer is nn.GRU else None
-            if jitted is not None:
-                peer = median_seconds(jitted, min(repeats, 3), device)
-                columns += f" {peer:8.3f} {peer / own:6.1f}x"
-        print(columns, flush=True)
+    print(f"torch {torch.__version__}, {name}; seconds; *: the dtype of most of the package's products")
+    heads = ("package", "float32 floor", "float64 floor", "textbook", "JAX, jitted")
+    print(f"{'case':14} {heads[0]:>9}" + "".join(f" {head:>16}" for head in heads[1:]))
+    for name, case in CASES.items():
+        if arguments.only in (None, name):
+            print(f"{name:14} " + compare(case, arguments.repeats, device, not arguments.no_peers), flush=True)
 
 
 if __name__ == "__main__":
