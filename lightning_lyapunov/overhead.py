@@ -9,9 +9,8 @@ import torch
 
 __all__ = ["Overhead"]
 
-# What is said unasked must matter. Nobody misses half a minute, and it is more than compiling, loading a library of
-# linear algebra and other first calls take; of a measurement at the first batch and one other no share can be told.
-_WARN_SECONDS, _WARN_MEASUREMENTS, _WARN_SHARE = 30.0, 3, 0.1
+# What is said unasked must matter: nobody misses half a minute, and one measurement is no habit.
+_WARN_SECONDS, _WARN_MEASUREMENTS, _WARN_SHARE = 30.0, 2, 0.1
 
 
 class Overhead:
@@ -28,7 +27,7 @@ class Overhead:
         # Of the kinds of devices that torch does not hold a module for, the work is timed as it is handed over.
         self._synchronize = getattr(getattr(torch, device.type, None), "synchronize", lambda: None)
         self.num_batches, self._start = 0, math.nan
-        self._measurements, self._spent, self._last = 0, 0.0, 0.0
+        self._measurements, self._spent, self._first, self._last = 0, 0.0, 0.0, 0.0
         self._layers: dict[str, float] = {}
 
     def start_batch(self) -> None:
@@ -43,6 +42,7 @@ class Overhead:
         start = self._now()
         yield
         self._last = self._now() - start
+        self._first = self._first if self._measurements else self._last
         self._spent += self._last
         self._measurements += 1
 
@@ -70,14 +70,18 @@ class Overhead:
         return min(math.ceil(missing / seconds), done)
 
     def complaint(self) -> str | None:
-        """Return what to say if measuring takes a large share of a time that matters."""
-        elapsed = perf_counter() - self._start
-        if self._measurements < _WARN_MEASUREMENTS or self._spent < max(_WARN_SECONDS, _WARN_SHARE * elapsed):
+        """Return what to say if measuring takes a large share of a time that matters.
+
+        The first measurement does not count: it may compile something, or load a library.
+        """
+        count, spent = self._measurements - 1, self._spent - self._first
+        elapsed = perf_counter() - self._start - self._first
+        if count < _WARN_MEASUREMENTS or spent < _WARN_SECONDS or spent < _WARN_SHARE * elapsed:
             return None
         dearest = max(self._layers, key=self._layers.__getitem__)
         return (
-            f"Measuring Lyapunov spectra took {self._spent / elapsed:.0%} of the time since the first batch: "
-            f"{self._measurements} measurements, {self._spent / self._measurements:.1f} s each, most of it for "
-            f"`{dearest}`. Lower `num_exponents`, `max_steps` or `num_sequences`, measure less often with "
-            "`every_n_train_steps` or `every_n_epochs`, or keep to a share with `LyapunovMonitor(max_overhead=0.01)`."
+            f"Measuring Lyapunov spectra took {spent / elapsed:.0%} of the time since the first batch: {count} "
+            f"measurements after the first one, {spent / count:.1f} s each, most of it for `{dearest}`. Lower "
+            "`num_exponents`, `max_steps` or `num_sequences`, measure less often with `every_n_train_steps` or "
+            "`every_n_epochs`, or keep to a share with `LyapunovMonitor(max_overhead=0.01)`."
         )
