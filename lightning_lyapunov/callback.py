@@ -1,6 +1,5 @@
 """``LyapunovMonitor``: when to measure, and where the numbers go."""
 
-import csv
 import math
 import warnings
 from collections.abc import Sequence
@@ -8,18 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from lightning_lyapunov import dashboard
 from lightning_lyapunov.custom_layers import CustomLayer
 from lightning_lyapunov.figure import spectrum_figure
 from lightning_lyapunov.functional import layer_growth, working_dtype
+from lightning_lyapunov.history import History, save_table
 from lightning_lyapunov.layers import as_layer, is_recurrent
 from lightning_lyapunov.metrics import lyapunov_metrics, student_t_quantile
+from lightning_lyapunov.overhead import Overhead
 from lightning_lyapunov.sampling import Recorder
 from lightning_lyapunov.sequences import RecurrentLayer, Sequences
 from lightning_lyapunov.sharding import gathered
@@ -37,6 +36,7 @@ _LOGGED = (
     "num_positive",
     "log10_gradient_gain",
 )
+_ROWS = ("spectrum", "stderr")
 
 
 class Estimate(NamedTuple):
@@ -74,6 +74,11 @@ class LyapunovMonitor(Callback):
             ``"lyapunov_band/<layer>/lower"`` and ``".../upper"``, for the charts of
             :func:`~lightning_lyapunov.lyapunov_layout`.
         strict: raise what goes wrong in a measurement, instead of warning once and logging NaN.
+        max_overhead: the largest share of the time since the first training batch that measuring may take, such as
+            0.01. The first batch is always measured. A measurement that would exceed the share, if it took as long as
+            the last one, waits for the first batch at which it fits, and that of an epoch's end for one of a later
+            epoch; until then every value stays what it was. The clock of rank 0 decides for all ranks. None to keep
+            to the schedule: a warning says so if measuring takes more than a tenth of a time that matters.
 
     Attributes:
         estimates: the last measurement of each ``"lyapunov/<layer>/max"``, and of ``"lyapunov/max"``, as an
@@ -104,6 +109,7 @@ class LyapunovMonitor(Callback):
         log_spectrum: bool = True,
         log_band: bool = False,
         strict: bool = False,
+        max_overhead: float | None = None,
     ) -> None:
         _check_at_least(1, num_sequences=num_sequences, max_steps=max_steps)
         _check_at_least(0, warmup=warmup)
@@ -121,6 +127,10 @@ class LyapunovMonitor(Callback):
             )
         if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.float64)):
             raise ValueError(f"`dtype` must be torch.float32, torch.float64 or None, not {dtype}.")
+        if max_overhead is not None and not (isinstance(max_overhead, float) and 0 < max_overhead < 1):
+            raise ValueError(
+                f"`max_overhead={max_overhead!r}` must be a share of the training time between 0 and 1, such as 0.01."
+            )
         names = [modules] if isinstance(modules, str) else modules
         if names is not None and not (isinstance(names, Sequence) and all(isinstance(name, str) for name in names)):
             raise TypeError(f"`modules` must be a dotted name, a list of them, or None, not {modules!r:.100}.")
@@ -133,8 +143,9 @@ class LyapunovMonitor(Callback):
         self.num_exponents, self.warmup = num_exponents, warmup
         self.qr_interval: int | Literal["auto"] = qr_interval
         self.dtype, self.log_spectrum, self.log_band, self.strict = dtype, log_spectrum, log_band, strict
+        self.max_overhead = max_overhead
         self.estimates: dict[str, Estimate] = {}
-        self._history: dict[str, dict[str, list[Tensor]]] = {}
+        self._history = History()
         self._run: _Run | None = None
 
     @property
@@ -144,25 +155,27 @@ class LyapunovMonitor(Callback):
         For ``m`` measurements ``history[layer]`` holds ``"step"`` ``(m,)``, the step of the loggers; ``"spectrum"``
         ``(m, num_exponents)``, nats per step, largest first; and ``"stderr"``, its standard error, of the same shape:
         tensors on the CPU. NaN fills up what was measured with fewer exponents.
+
+        At most 1,000 measurements of a cell are kept. When there are more, every second one is dropped, and from then
+        on every second new one: what is kept covers the whole run evenly, the first and the last measurement included.
         """
-        return {
-            layer: {
-                "step": torch.stack(measurements["step"]),
-                "spectrum": pad_sequence(measurements["spectrum"], batch_first=True, padding_value=math.nan),
-                "stderr": pad_sequence(measurements["stderr"], batch_first=True, padding_value=math.nan),
-            }
-            for layer, measurements in self._history.items()
-        }
+        return self._history.tensors()
 
     # When to measure
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        self._start_run(pl_module)
+        self._start_run(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if self._run and self._due(trainer, self._run, trainer.global_step + self._run.stride):
-            self._run.recorder.start()
-            self._run.started_at = trainer.global_step
+        if not self._run:
+            return
+        self._run.overhead.start_batch()
+        if self._due(trainer, self._run, trainer.global_step + self._run.stride):
+            if self._affords(trainer, self._run):
+                self._run.recorder.start()
+                self._run.started_at = trainer.global_step
+            else:
+                self._run.epoch_is_owed |= self._ends_due_epoch(trainer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._run and self._run.recorder.recording:
@@ -177,18 +190,22 @@ class LyapunovMonitor(Callback):
             return
         self._run.recorder.stop()
         # Where the epoch was cut short its end was not foreseen: the sequences of the last measurement serve again.
-        if self._epoch_is_due(trainer) and self._run.measured_step not in (None, trainer.global_step):
-            # At this hook Lightning has already counted one step further.
-            self._measure(trainer, self._run, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+        unforeseen = self._epoch_is_due(trainer) and self._run.measured_step not in (None, trainer.global_step)
+        if unforeseen and not self._run.epoch_is_owed:
+            if self._affords(trainer, self._run):
+                # At this hook Lightning has already counted one step further.
+                self._measure(trainer, self._run, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+            else:
+                self._run.epoch_is_owed = True
 
     # Outside of training, `trainer.validate` and `trainer.test`: once, at the first batch.
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.state.fn == "validate":
-            self._start_run(pl_module)
+            self._start_run(trainer, pl_module)
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        self._start_run(pl_module)
+        self._start_run(trainer, pl_module)
 
     def on_validation_batch_start(self, trainer: Any, *_: Any) -> None:
         if trainer.state.fn != "fit" and self._run and self._run.measured_step is None:
@@ -212,9 +229,10 @@ class LyapunovMonitor(Callback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._end_run()
 
-    def _start_run(self, pl_module: Any) -> None:
+    def _start_run(self, trainer: Any, pl_module: Any) -> None:
         layers = _find_layers(pl_module, self.modules)
-        self._run = _Run(layers, Recorder(layers, self.num_sequences, self.max_steps))
+        recorder = Recorder(layers, self.num_sequences, self.max_steps)
+        self._run = _Run(layers, recorder, Overhead(trainer.strategy.root_device))
 
     def _end_run(self) -> None:
         if self._run:
@@ -224,23 +242,42 @@ class LyapunovMonitor(Callback):
     def _epoch_is_due(self, trainer: Any) -> bool:
         return self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
+    def _ends_due_epoch(self, trainer: Any) -> bool:
+        return trainer.is_last_batch and self._epoch_is_due(trainer)
+
     def _due(self, trainer: Any, run: "_Run", global_step: int) -> bool:
         """Return whether to measure at the end of a batch that ends, or would end, at ``global_step``."""
         every = self.every_n_train_steps
         return (
             run.measured_step is None
-            or (trainer.is_last_batch and self._epoch_is_due(trainer))
+            or run.epoch_is_owed
+            or self._ends_due_epoch(trainer)
             or (every is not None and global_step // every > run.measured_step // every)
         )
+
+    def _affords(self, trainer: Any, run: "_Run") -> bool:
+        """Return whether a due measurement fits in ``max_overhead``, the same on every rank."""
+        if self.max_overhead is None or run.measured_step is None:
+            return True
+        batch = run.overhead.num_batches
+        if batch >= run.decide_at:
+            # The ranks' clocks differ, so rank 0 decides. All count the batches to wait instead of asking at each.
+            run.decide_at = batch + trainer.strategy.broadcast(run.overhead.batches_to_wait(self.max_overhead))
+        return batch >= run.decide_at
 
     # What to measure
 
     def _measure(self, trainer: Any, run: "_Run", step: int) -> None:
-        run.measured_step = trainer.global_step
-        cells = {}
-        for name, (_, layer) in run.layers.items():
-            cells.update(self._measure_layer(trainer, run, name, layer))
-        self._publish(trainer, run, cells, step)
+        run.measured_step, run.epoch_is_owed = trainer.global_step, False
+        with run.overhead.measurement():
+            cells = {}
+            for name, (_, layer) in run.layers.items():
+                with run.overhead.layer(name):
+                    cells.update(self._measure_layer(trainer, run, name, layer))
+            self._publish(trainer, run, cells, step)
+        complaint = run.overhead.complaint() if self.max_overhead is None and trainer.is_global_zero else None
+        if complaint:
+            run.warn("overhead", complaint)
 
     def _measure_layer(
         self, trainer: Any, run: "_Run", name: str, layer: RecurrentLayer
@@ -274,9 +311,10 @@ class LyapunovMonitor(Callback):
             if self.strict:
                 raise
             run.warn(
+                f"{name} could not be measured",
                 f"The Lyapunov spectrum of `{name}` could not be measured; its values are NaN and training goes on. "
                 f"{type(error).__name__}: {error} To raise this error, write `LyapunovMonitor(strict=True)`; for an "
-                "`EarlyStopping` to wait for a first value, `check_finite=False`."
+                "`EarlyStopping` to wait for a first value, `check_finite=False`.",
             )
             return None
 
@@ -285,8 +323,9 @@ class LyapunovMonitor(Callback):
             raise run.recorder.errors[name]
         if name not in run.sequences:
             run.warn(
+                f"{name} was not called",
                 f"The recurrent layer `{name}` was not called in a training step (or it is compiled with others as "
-                "one graph). Its last values are repeated."
+                "one graph). Its last values are repeated.",
             )
             return []
         sequences = run.sequences[name]
@@ -327,10 +366,7 @@ class LyapunovMonitor(Callback):
                 run.measured[f"lyapunov/{cell}/max"] = Estimate(*values, layer=cell, step=step)
             run.latest[cell] = metrics
             scalars.update({f"lyapunov/{cell}/{name}": metrics[name] for name in _LOGGED})
-            history = self._history.setdefault(cell, {"step": [], "spectrum": [], "stderr": []})
-            history["step"].append(torch.tensor(step))
-            history["spectrum"].append(metrics["spectrum"].float().cpu().reshape(-1))
-            history["stderr"].append(metrics["stderr"].float().cpu().reshape(-1))
+            self._history.append(cell, step, *(metrics[name].float().cpu().reshape(-1) for name in _ROWS))
         value = stderr = math.nan
         self.estimates = dict(run.measured)
         if run.measured:
@@ -344,16 +380,21 @@ class LyapunovMonitor(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(numbers.copy(), step=step)
         if self.log_spectrum and trainer.is_global_zero and trainer.loggers:
-            history_so_far = self.history
+            history = self.history
+            history_so_far = {cell: history[cell] for cell in cells}
             quantiles = {e.layer: student_t_quantile(0.975, e.num_sequences - 1) for e in self.estimates.values()}
             for logger in trainer.loggers:
                 try:
                     if not dashboard.log_spectra(logger, history_so_far, step, quantiles=quantiles, band=self.log_band):
-                        run.warn(f"{type(logger).__name__} is not known to take pictures of the spectrum.")
+                        run.warn(
+                            f"{type(logger)} is not known",
+                            f"{type(logger).__name__} is not known to take pictures of the spectrum.",
+                        )
                 except Exception as error:
                     if self.strict:
                         raise
-                    run.warn(f"{type(logger).__name__} did not take a picture: {type(error).__name__}: {error}")
+                    message = f"{type(logger).__name__} did not take a picture: {type(error).__name__}: {error}"
+                    run.warn(f"{type(logger)} failed", message)
 
     # Afterwards
 
@@ -367,20 +408,7 @@ class LyapunovMonitor(Callback):
         Raises:
             ValueError: if ``path`` ends in neither.
         """
-        path = Path(path)
-        if path.suffix == ".npz":
-            arrays = {f"{layer}/{key}": array.numpy() for layer, m in self.history.items() for key, array in m.items()}
-            np.savez(path, allow_pickle=False, **arrays)
-        elif path.suffix == ".csv":
-            with path.open("w", newline="", encoding="utf-8") as file:
-                table = csv.writer(file)
-                table.writerow(("layer", "step", "exponent", "value", "stderr"))
-                for layer, m in self.history.items():
-                    for step, values, errors in zip(*(m[key].tolist() for key in m), strict=True):
-                        for exponent, (value, stderr) in enumerate(zip(values, errors, strict=True), 1):
-                            table.writerow((layer, step, exponent, value, stderr))
-        else:
-            raise ValueError(f"`path={str(path)!r}` must end in .csv or .npz.")
+        save_table(self.history, path)
 
     def plot(self, layer: str | None = None) -> Any:
         """Draw the spectrum of a layer over training, and the last one with a band of 1.96 standard errors.
@@ -411,13 +439,26 @@ class LyapunovMonitor(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history}
+        return self._history.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._history = {
-            layer: {name: list(values.unbind()) for name, values in measurements.items()}
-            for layer, measurements in state_dict["history"].items()
-        }
+        self._history.load_state_dict(state_dict)
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Find the history again of a monitor that had another schedule or other modules.
+
+        Lightning looks for it by :attr:`state_key`, which must tell several monitors of one run apart.
+        """
+        states = checkpoint.get("callbacks") or {}
+        monitors = [callback for callback in trainer.callbacks if type(callback) is type(self)]
+        known = {monitor.state_key for monitor in monitors}
+        left = [key for key in states if str(key).startswith(f"{type(self).__qualname__}{{") and key not in known]
+        for monitor in (monitor for monitor in monitors if monitor.state_key not in states):
+            modules = self._generate_state_key(modules=monitor.modules).removesuffix("}")
+            found = [key for key in left if key.startswith(f"{modules},")] or (left if len(left) == 1 else [])
+            if found and monitor is self:
+                self.load_state_dict(states[found[0]])
+            left = [key for key in left if key not in found[:1]]
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles leave the run behind, and with it the model; so do the methods that Lightning binds here.
@@ -431,19 +472,23 @@ class _Run:
 
     layers: dict[str, tuple[nn.Module | None, RecurrentLayer]]
     recorder: Recorder
+    overhead: Overhead
     sequences: dict[str, Sequences] = field(default_factory=dict)
     latest: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     measured: dict[str, Estimate] = field(default_factory=dict)
     measured_step: int | None = None
+    # The end of an epoch that has not been measured yet, and the batch before which no measurement fits.
+    epoch_is_owed: bool = False
+    decide_at: int = 0
     # Where a recorded batch started, and how many optimizer steps the longest took.
     started_at: int = 0
     stride: int = 1
     warned: set[str] = field(default_factory=set)
 
-    def warn(self, message: str) -> None:
-        """Warn once of each thing."""
-        if message not in self.warned:
-            self.warned.add(message)
+    def warn(self, thing: str, message: str) -> None:
+        """Warn once of each thing, whatever numbers the message holds."""
+        if thing not in self.warned:
+            self.warned.add(thing)
             warnings.warn(message, stacklevel=2)
 
 

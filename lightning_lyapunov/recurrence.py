@@ -211,8 +211,7 @@ class _GatedRecurrence(_ClosedForm):
 
     @abstractmethod
     def _factors(self, states: Tensor, drive: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Return what scales the rows of the weight and what else the tangent map is made of, ``(time, batch, units)``.
-        """
+        """Return what scales the rows of the weight, and the rest of the tangent map: each ``(time, batch, units)``."""
 
     @abstractmethod
     def _form(self, dense: Tensor, weight: Tensor, *factors: Tensor) -> None:

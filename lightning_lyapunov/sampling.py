@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.hooks import RemovableHandle
 
 from lightning_lyapunov.sequences import Call, RecurrentLayer, Sequences
 
@@ -24,6 +23,10 @@ class Recorder:
         layers: the modules to record, None for one that must not be hooked, and the layers that they are, by name.
         num_sequences: how many sequences to keep of a step, spread evenly over what the layer was called with.
         max_steps: how many steps to keep of each, from its start.
+
+    Attributes:
+        recording: whether its hooks are on the layers.
+        errors: what went wrong in recording, by the name of the layer.
     """
 
     def __init__(
@@ -31,28 +34,28 @@ class Recorder:
     ) -> None:
         self._layers = layers
         self._num_sequences, self._max_steps = num_sequences, max_steps
-        self._handles: list[RemovableHandle] = []
         self._chains: dict[str, list[_Chain]] = {}
         self.errors: dict[str, Exception] = {}
-
-    @property
-    def recording(self) -> bool:
-        """Whether its hooks are on the layers."""
-        return bool(self._handles)
+        self.recording = False
 
     def start(self) -> None:
         """Forget what was recorded and record from now on."""
         self.stop()
         self._chains, self.errors = {name: [] for name in self._layers}, {}
+        self.recording = True
         for name, (module, _) in self._layers.items():
-            if module is None:
-                continue
-            self._handles.append(module.register_forward_hook(_Hook(self, name), with_kwargs=True))
+            if module is not None:
+                module.register_forward_hook(_Hook(self, name), with_kwargs=True)
 
     def stop(self) -> None:
         """Record no more; remove every hook."""
-        while self._handles:
-            self._handles.pop().remove()
+        # They are looked for: of one that Ctrl-C cut short in the making, or in the removal, there is no handle.
+        for module in [module for module, _ in self._layers.values() if module is not None]:
+            for number, hook in list(module._forward_hooks.items()):
+                if isinstance(hook, _Hook) and hook.recorder is self:
+                    module._forward_hooks_with_kwargs.pop(number, None)
+                    module._forward_hooks.pop(number, None)
+        self.recording = False
 
     def sequences(self) -> dict[str, Sequences]:
         """Return what each layer was called with; a layer that was not called is not in it."""
@@ -93,12 +96,12 @@ class _Hook:
     """Passes the calls of a layer on to a recorder. In a copy or a pickle of the layer it does nothing."""
 
     def __init__(self, recorder: Recorder | None = None, name: str = "") -> None:
-        self._recorder, self._name = recorder, name
+        self.recorder, self._name = recorder, name
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._recorder is not None:
-            self._recorder.record(self._name, args, kwargs, output)
+        if self.recorder is not None:
+            self.recorder.record(self._name, args, kwargs, output)
 
     def __reduce__(self) -> Any:
         return _Hook, ()

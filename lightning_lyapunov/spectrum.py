@@ -23,9 +23,9 @@ A step that multiplies by less than this leaves nothing of a float32 number.
 
 # The longest stretch between two re-orthonormalisations that "auto" tries. Beyond it the cost hardly falls further.
 _MAX_INTERVAL = 16
-# How far a tangent vector may lean towards the faster ones, as log(longest length / distance to their span), by the dtype
-# that was asked for and the one of the products: the rounding error of its growth is exp(lean) that of the products'
-# dtype. "auto" aims at the first and accepts the second.
+# How far a tangent vector may lean towards the faster ones, as log(longest length / distance to their span), by the
+# dtype that was asked for and the one of the products: the rounding error of its growth is exp(lean) that of the
+# products' dtype. "auto" aims at the first and accepts the second.
 _LEANS = {
     (torch.float32, torch.float32): (6.5, 7.5),
     (torch.float32, torch.float64): (20.0, 24.0),

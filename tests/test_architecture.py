@@ -19,7 +19,7 @@ LEVELS = [
     {"torch_layers", "custom_layers"},
     {"layers"},
     {"functional"},
-    {"metrics", "sampling", "dashboard", "figure"},
+    {"metrics", "sampling", "dashboard", "figure", "history", "overhead"},
     {"callback"},
     {"stopping"},
     {"__init__"},

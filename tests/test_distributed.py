@@ -2,6 +2,7 @@
 
 import math
 import multiprocessing
+import random
 import signal
 from contextlib import contextmanager
 from datetime import timedelta
@@ -279,3 +280,47 @@ def test_no_process_adds_up_what_another_does_not_beside_loggers(tmp_path, monke
     assert {"all_gather", "all_reduce"} <= set(first)
     events = EventAccumulator(str(next(tmp_path.glob("board/*")))).Reload()
     assert events.Tags()["images"]
+
+
+class UnlikeClock:
+    """A clock that goes on by chance, and by another chance on each rank."""
+
+    def __init__(self, rank=None):
+        self.rank, self.now, self.draw = rank, 0.0, None
+
+    def __call__(self):
+        if self.draw is None:
+            rank = torch.distributed.get_rank() if self.rank is None else self.rank
+            self.draw = random.Random(rank)
+        self.now += self.draw.random()
+        return self.now
+
+
+SHARES = {
+    "every step": ({"every_n_train_steps": 1}, 2),
+    "every second step": ({"every_n_train_steps": 2}, 2),
+    "every epoch": ({"every_n_epochs": 1}, 2),
+    "both, four processes": ({"every_n_epochs": 1, "every_n_train_steps": 3}, 4),
+}
+
+
+@pytest.mark.parametrize(("schedule", "num_processes"), SHARES.values(), ids=SHARES)
+def test_processes_whose_clocks_differ_measure_on_the_same_batches(schedule, num_processes, tmp_path, monkeypatch):
+    def options():
+        return {"max_overhead": 0.6, "warmup": 2, "strict": True, **schedule}
+
+    def alone_by_the_clock_of(rank):
+        monkeypatch.setattr("lightning_lyapunov.overhead.perf_counter", UnlikeClock(rank))
+        monitor = LyapunovMonitor(**options())
+        fit(Still(), monitor, data=series(8), max_epochs=3)
+        return monitor.history["rnn"]["step"].tolist()
+
+    expected = [alone_by_the_clock_of(rank) for rank in range(2)]
+    monkeypatch.setattr("lightning_lyapunov.overhead.perf_counter", UnlikeClock())
+    run = {"monitor": LyapunovMonitor(**options()), "data": series(8 * num_processes), "max_epochs": 3}
+    results = distributed(Still(), num_processes, tmp_path, **run)
+    assert_all_know_the_same(results)
+    assert results[0]["history"]["rnn"]["step"].tolist() == expected[0]
+    # Or it would be no test: by their own clocks they would not have agreed.
+    assert any(steps != expected[0] for steps in expected)
+    assert all(len(values) == len(results[0]["values"][0]) for values in results[0]["values"])

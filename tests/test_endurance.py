@@ -1,18 +1,24 @@
 """Long runs, runs that break off anywhere, and monitors that are used again: nothing piles up and nothing is left."""
 
 import gc
+import os
+import sys
 import tracemalloc
 import types
 import weakref
 
 import pytest
 import torch
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.tuner import Tuner
 from models import FEATURES, Regressor, fit, make_trainer, series
 from test_callback import At, hooks_of, published
 from torch import nn
 
+import lightning_lyapunov.callback
+import lightning_lyapunov.sampling
 from lightning_lyapunov import LyapunovMonitor
+from lightning_lyapunov.history import MAX_MEASUREMENTS
 from lightning_lyapunov.layers import as_layer
 from lightning_lyapunov.sampling import Recorder
 
@@ -70,6 +76,70 @@ def test_hundreds_of_measurements_keep_their_history_and_nothing_else():
     assert len(tensors) == 3
     assert tensors[2] == tensors[1]
     assert not hooks_of(model)
+
+
+class Dropping(Logger):
+    """A logger that counts what it is told and keeps nothing of it."""
+
+    name = version = None
+    calls = 0
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        self.calls += 1
+
+
+def holdings(model):
+    """What could pile up: blocks of memory, tensors, open files, hooks."""
+    tensors = live_tensors()
+    return sys.getallocatedblocks(), tensors, len(os.listdir("/dev/fd")), len(hooks_of(model))
+
+
+def test_a_hundred_thousand_measurements_are_kept_and_logged_without_anything_piling_up():
+    """The bookkeeping alone, of made-up spectra: of all but the time that the recurrent layer needs."""
+    model, monitor, logger, seen = Tiny(), LyapunovMonitor(log_spectrum=False), Dropping(), []
+    total = 100_000
+
+    def made_up(step):
+        numbers = dict.fromkeys(lightning_lyapunov.callback._LOGGED, torch.tensor(-float(step)))
+        spectrum = torch.tensor([-float(step), -1e6])
+        return {**numbers, "spectrum": spectrum, "stderr": spectrum.abs(), "num_sequences": torch.tensor(4)}
+
+    def measure_on(trainer):
+        monitor.load_state_dict({"history": {}})
+        for step in range(total):
+            monitor._publish(trainer, monitor._run, {"rnn": made_up(step)}, step)
+            if step in (total // 2, total - 1):
+                size = len(monitor.history["rnn"]["step"])
+                seen.append((*holdings(model), len(monitor._run.warned), size > MAX_MEASUREMENTS))
+
+    measure_once = At("on_train_end", measure_on)
+    fit(model, monitor, measure_once, data=series(1), max_epochs=1, logger=logger)
+    half, whole = seen
+    # Of 50,001 as of 100,000 measurements 783 are left; a block for each measurement would be 50,000.
+    (blocks, tensors, *others), (blocks_later, tensors_later, *others_later) = half, whole
+    assert others_later == others == [others[0], 0, 0, False]
+    assert abs(tensors_later - tensors) <= 10
+    assert abs(blocks_later - blocks) <= 1000
+    assert logger.calls >= total
+    steps = monitor.history["rnn"]["step"].tolist()
+    assert MAX_MEASUREMENTS // 2 <= len(steps) <= MAX_MEASUREMENTS
+    assert (steps[0], steps[-1]) == (0, total - 1)
+    assert torch.equal(monitor.history["rnn"]["spectrum"][:, 0], -torch.tensor(steps).float())
+
+
+def test_a_failure_that_reads_differently_each_time_is_said_once(monkeypatch, recwarn):
+    numbers = iter(range(10**6))
+
+    def fail(*_, **__):
+        raise RuntimeError(f"no convergence in matrix {next(numbers)}")
+
+    monkeypatch.setattr("lightning_lyapunov.callback.layer_growth", fail)
+    fit(Tiny(), LyapunovMonitor(every_n_train_steps=1), data=series(20), max_epochs=1)
+    assert next(numbers) == 20
+    assert len([warning for warning in recwarn if "no convergence in matrix" in str(warning.message)]) == 1
 
 
 def test_a_monitor_that_has_ended_holds_no_model_and_no_data():
@@ -163,6 +233,60 @@ def test_an_interrupt_in_a_measurement_leaves_no_hook_and_no_half_of_a_row(monke
         fit(model, monitor)
     assert not hooks_of(model)
     assert monitor.history == {}
+
+
+class InterruptAt:
+    """Ctrl-C before the ``number``-th line of those that put hooks on and take them off, torch's own among them."""
+
+    CODE = (
+        lightning_lyapunov.sampling.Recorder.start,
+        lightning_lyapunov.sampling.Recorder.stop,
+        LyapunovMonitor.on_train_batch_start,
+        LyapunovMonitor.on_train_batch_end,
+        LyapunovMonitor.on_train_epoch_end,
+        LyapunovMonitor._end_run,
+        nn.Module.register_forward_hook,
+    )
+
+    def __init__(self, number):
+        self.number, self.lines, self.codes = number, 0, {function.__code__ for function in self.CODE}
+
+    def __call__(self, frame, event, arg):
+        if frame.f_code not in self.codes:
+            return None
+        if event == "line":
+            self.lines += 1
+            if self.lines == self.number:
+                raise KeyboardInterrupt
+        return self
+
+
+def interrupted_at(number):
+    """Fit until that line and return how many there were, and the model and monitor."""
+    model, monitor = Tiny(), LyapunovMonitor(every_n_train_steps=1, max_steps=2, warmup=0)
+    model.other = nn.GRU(FEATURES, 1)
+    trainer = make_trainer(monitor, max_epochs=1)
+    interrupt, before = InterruptAt(number), sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        trainer.fit(model, series(1, batch_size=2, time=2))
+    except (KeyboardInterrupt, SystemExit):
+        pass
+    finally:
+        sys.settrace(before)
+    return interrupt.lines, model, monitor
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ctrl_c_at_any_line_that_handles_hooks_leaves_none_behind():
+    lines, model, monitor = interrupted_at(None)
+    assert lines > 40
+    assert len(monitor.history["rnn"]["step"]) == 1
+    for number in range(1, lines + 1):
+        reached, model, monitor = interrupted_at(number)
+        assert reached >= number
+        assert not hooks_of(model), number
+        assert not any(vars(module)["_forward_hooks_with_kwargs"] for module in model.modules()), number
 
 
 # Several monitors, and one used again

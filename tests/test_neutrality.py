@@ -238,7 +238,11 @@ FACTORS = {
         "shuffled": {"data": {"shuffle": True}},
         "two workers": {"data": {"shuffle": True, "num_workers": 2}},
     },
-    "schedule": {"every step": {"monitor": {"every_n_train_steps": 1}}, "every epoch": {}},
+    "schedule": {
+        "every step": {"monitor": {"every_n_train_steps": 1}},
+        "every epoch": {},
+        "half of the time": {"monitor": {"every_n_train_steps": 1, "max_overhead": 0.5}},
+    },
 }
 
 

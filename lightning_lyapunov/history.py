@@ -1,0 +1,166 @@
+"""What has been measured so far: kept at a bounded size, read from any checkpoint, written to tables."""
+
+import csv
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+__all__ = ["MAX_MEASUREMENTS", "History", "save_table"]
+
+MAX_MEASUREMENTS = 1_000
+"""The most measurements of a cell that are kept: 136 kB in a checkpoint for 16 exponents, 2 MB for 256."""
+
+_VERSION = 2  # 1 had no version and kept every measurement
+
+
+class History:
+    """The measurements of each cell, at most :data:`MAX_MEASUREMENTS` of them.
+
+    When there are more, every second one is dropped, and from then on only every second new one stays; so again and
+    again, so that what is kept covers the whole run evenly. The first and the last measurement are always kept.
+    """
+
+    def __init__(self) -> None:
+        self._cells: dict[str, _Cell] = {}
+
+    def append(self, cell: str, step: int, spectrum: Tensor, stderr: Tensor) -> None:
+        """Add a measurement: exponents and their standard errors, ``(num_exponents,)``, on the CPU."""
+        self._cells.setdefault(cell, _Cell()).append(_Measurement(step, spectrum, stderr))
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return for each cell ``"step"``, ``(m,)``, ``"spectrum"`` and ``"stderr"``, ``(m, num_exponents)``.
+
+        NaN fills up what was measured with fewer exponents.
+        """
+        return {name: cell.tensors() for name, cell in self._cells.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what :meth:`load_state_dict` takes: tensors on the CPU, numbers and strings in dictionaries."""
+        return {
+            "version": _VERSION,
+            "history": self.tensors(),
+            "interval": {name: cell.interval for name, cell in self._cells.items()},
+            "num_measured": {name: cell.num_measured for name, cell in self._cells.items()},
+        }
+
+    def load_state_dict(self, state: Any) -> None:
+        """Take what can be read of a saved history, in this layout, an older or a newer one, and warn of the rest."""
+        self._cells, problems = {}, []
+        if not isinstance(state, Mapping):
+            state = {"history": state}
+        history = state.get("history")
+        if not isinstance(history, Mapping):
+            problems, history = [f"there is {type(history).__name__} where the cells should be"], {}
+        for name, measurements in history.items():
+            try:
+                self._cells[str(name)] = _read_cell(name, measurements, state)
+            except Exception as error:  # whatever it is, it is no reason to end a run
+                problems.append(f"{name}: {type(error).__name__}: {error}")
+        if problems:
+            warnings.warn(
+                f"A part of the Lyapunov history in the checkpoint (layout {state.get('version', 1)!r:.20}; this "
+                f"version writes {_VERSION}) cannot be read and starts anew. {'; '.join(problems):.500}",
+                stacklevel=2,
+            )
+
+
+class _Measurement(NamedTuple):
+    step: int
+    spectrum: Tensor
+    stderr: Tensor
+
+
+class _Cell:
+    """The measurements of one cell: those whose number, from 0, is a multiple of ``interval``, and the last one."""
+
+    def __init__(self) -> None:
+        self.kept: list[_Measurement] = []
+        self.interval, self.num_measured = 1, 0
+
+    def append(self, measurement: _Measurement) -> None:
+        if (self.num_measured - 1) % self.interval:
+            self.kept.pop()  # it was there as the last one only
+        self.kept.append(measurement)
+        self.num_measured += 1
+        self.thin()
+
+    def thin(self) -> None:
+        while len(self.kept) > MAX_MEASUREMENTS:
+            last = self.kept[-1:] if len(self.kept) % 2 == 0 else []
+            self.kept, self.interval = self.kept[::2] + last, 2 * self.interval
+
+    def tensors(self) -> dict[str, Tensor]:
+        steps, spectra, errors = zip(*self.kept, strict=True)
+        return {
+            "step": torch.tensor(steps),
+            "spectrum": pad_sequence(list(spectra), batch_first=True, padding_value=math.nan),
+            "stderr": pad_sequence(list(errors), batch_first=True, padding_value=math.nan),
+        }
+
+
+def _read_cell(name: Any, measurements: Any, state: Mapping[str, Any]) -> _Cell:
+    """Return a cell of a saved history.
+
+    Raises:
+        Exception: of any kind, if it is none.
+    """
+    step, spectrum = _on_cpu(measurements["step"]), _on_cpu(measurements["spectrum"]).float()
+    stderr = _on_cpu(measurements["stderr"]).float() if "stderr" in measurements else spectrum * math.nan
+    if not (
+        step.ndim == 1 and spectrum.ndim == 2 and len(step) == len(spectrum) > 0 and stderr.shape == spectrum.shape
+    ):
+        raise ValueError(f"the shapes {tuple(step.shape)}, {tuple(spectrum.shape)}, {tuple(stderr.shape)} do not match")
+    cell = _Cell()
+    cell.kept = [
+        _Measurement(int(number), *rows) for number, *rows in zip(step.tolist(), spectrum, stderr, strict=True)
+    ]
+    interval, count = (_whole_number(state.get(key), name) for key in ("interval", "num_measured"))
+    # Where the two do not fit, or are not there, these count as all that was measured.
+    fits = interval and len(step) == len(range(0, count, interval)) + bool((count - 1) % interval)
+    cell.interval, cell.num_measured = (interval, count) if fits else (1, len(step))
+    cell.thin()
+    return cell
+
+
+def _on_cpu(values: Any) -> Tensor:
+    return torch.as_tensor(values).detach().cpu()
+
+
+def _whole_number(numbers: Any, name: Any) -> int:
+    """Return the number of a cell in a saved dictionary; 0 if there is none."""
+    number = numbers.get(name) if isinstance(numbers, Mapping) else None
+    return number if isinstance(number, int) and number > 0 else 0
+
+
+def save_table(history: Mapping[str, Mapping[str, Tensor]], path: str | Path) -> None:
+    """Write a history to a table: a row for each cell, step and exponent.
+
+    Args:
+        history: as :meth:`History.tensors` returns it.
+        path: a ``.csv`` file, with the columns ``layer``, ``step``, ``exponent`` (from 1), ``value``, ``stderr``,
+            or a ``.npz`` file, with the arrays ``<layer>/step``, ``<layer>/spectrum`` and ``<layer>/stderr``.
+
+    Raises:
+        ValueError: if ``path`` ends in neither.
+    """
+    path = Path(path)
+    if path.suffix == ".npz":
+        arrays = {f"{layer}/{key}": array.numpy() for layer, m in history.items() for key, array in m.items()}
+        np.savez(path, allow_pickle=False, **arrays)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(("layer", "step", "exponent", "value", "stderr"))
+            for layer, m in history.items():
+                for step, values, errors in zip(*(m[key].tolist() for key in m), strict=True):
+                    for exponent, (value, stderr) in enumerate(zip(values, errors, strict=True), 1):
+                        table.writerow((layer, step, exponent, value, stderr))
+    else:
+        raise ValueError(f"`path={str(path)!r}` must end in .csv or .npz.")

@@ -1,0 +1,87 @@
+"""How much of a run's time goes into measuring, and how long to wait until one more measurement fits into a share."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+
+import torch
+
+__all__ = ["Overhead"]
+
+# What is said unasked must matter: nobody misses half a minute, and one measurement is no habit.
+_WARN_SECONDS, _WARN_MEASUREMENTS, _WARN_SHARE = 30.0, 2, 0.1
+
+
+class Overhead:
+    """The time since the first batch, and the part of it that measurements took.
+
+    Args:
+        device: where they run. It is waited for at both ends of what is timed: a GPU works on when a call has returned.
+
+    Attributes:
+        num_batches: how many batches have started.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # Of the kinds of devices that torch does not hold a module for, the work is timed as it is handed over.
+        self._synchronize = getattr(getattr(torch, device.type, None), "synchronize", lambda: None)
+        self.num_batches, self._start = 0, math.nan
+        self._measurements, self._spent, self._first, self._last = 0, 0.0, 0.0, 0.0
+        self._layers: dict[str, float] = {}
+
+    def start_batch(self) -> None:
+        """Count a batch; the time runs from the first one on."""
+        if self.num_batches == 0:
+            self._start = perf_counter()
+        self.num_batches += 1
+
+    @contextmanager
+    def measurement(self) -> Iterator[None]:
+        """Time a measurement."""
+        start = self._now()
+        yield
+        self._last = self._now() - start
+        self._first = self._first if self._measurements else self._last
+        self._spent += self._last
+        self._measurements += 1
+
+    @contextmanager
+    def layer(self, name: str) -> Iterator[None]:
+        """Time the part of a measurement that a layer takes."""
+        start = self._now()
+        yield
+        self._layers[name] = self._layers.get(name, 0.0) + self._now() - start
+
+    def _now(self) -> float:
+        self._synchronize()
+        return perf_counter()
+
+    def batches_to_wait(self, share: float) -> int:
+        """Return after how many batches, by their mean time, one more measurement like the last one fits in ``share``.
+
+        Not more than there were so far, of which the mean is known.
+        """
+        done, elapsed = self.num_batches - 1, perf_counter() - self._start
+        missing = (self._spent + self._last) / share - self._last - elapsed
+        if missing <= 0:
+            return 0
+        seconds = max(elapsed - self._spent, 1e-9) / done
+        return min(math.ceil(missing / seconds), done)
+
+    def complaint(self) -> str | None:
+        """Return what to say if measuring takes a large share of a time that matters.
+
+        The first measurement does not count: it may compile something, or load a library.
+        """
+        count, spent = self._measurements - 1, self._spent - self._first
+        elapsed = perf_counter() - self._start - self._first
+        if count < _WARN_MEASUREMENTS or spent < _WARN_SECONDS or spent < _WARN_SHARE * elapsed:
+            return None
+        dearest = max(self._layers, key=self._layers.__getitem__)
+        return (
+            f"Measuring Lyapunov spectra took {spent / elapsed:.0%} of the time since the first batch: {count} "
+            f"measurements after the first one, {spent / count:.1f} s each, most of it for `{dearest}`. Lower "
+            "`num_exponents`, `max_steps` or `num_sequences`, measure less often with `every_n_train_steps` or "
+            "`every_n_epochs`, or keep to a share with `LyapunovMonitor(max_overhead=0.01)`."
+        )
