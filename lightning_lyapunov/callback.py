@@ -25,6 +25,8 @@ from lightning_lyapunov.sharding import gathered
 
 __all__ = ["Estimate", "LyapunovMonitor"]
 
+# What a window from a state of zeros needs before its largest exponent is that of the long run: see the benchmarks.
+_WARMUP = 50
 # A single sequence is cut into so many stretches: its error then comes from them.
 _SEGMENTS = 8
 _LOGGED = (
@@ -66,7 +68,7 @@ class LyapunovMonitor(Callback):
         num_sequences: sequences per measurement and rank.
         max_steps: the longest stretch of a sequence that is used, from its start.
         num_exponents: how many of the largest exponents to compute for each cell (all, if it has fewer); None for all.
-        warmup: steps at the start of each sequence that are not averaged, at most half of the longest.
+        warmup: steps at the start of each sequence that are not averaged, at most half of the longest; None for 50.
         qr_interval: see :func:`~lightning_lyapunov.lyapunov_spectrum`.
         dtype: see :func:`~lightning_lyapunov.lyapunov_spectrum`.
         log_spectrum: log pictures and histograms of the spectra to the loggers that can show them.
@@ -88,6 +90,11 @@ class LyapunovMonitor(Callback):
         ValueError: if an argument is out of range; at the start of a fit, if the model has no layer of a name in
             ``modules``, or no recurrent layer.
 
+    The defaults are measured (``tests/benchmarks/bench_monitor.py``), on initialised and trained RNN, GRU and LSTM
+    layers of 64 units, against a run of 10,000 steps: the largest exponent of 100 steps after 50 is off by at most
+    0.005 nats per step, about the standard error of 16 sequences. After 20 it is off by up to 0.02, in 50 steps by up to
+    0.04; 250 steps are off by 0.001 and take two and a half times as long.
+
     Example::
 
         >>> from lightning.pytorch.callbacks import EarlyStopping
@@ -103,7 +110,7 @@ class LyapunovMonitor(Callback):
         num_sequences: int = 16,
         max_steps: int = 100,
         num_exponents: int | None = 16,
-        warmup: int = 20,
+        warmup: int | None = None,
         qr_interval: int | Literal["auto"] = "auto",
         dtype: torch.dtype | None = None,
         log_spectrum: bool = True,
@@ -112,7 +119,8 @@ class LyapunovMonitor(Callback):
         max_overhead: float | None = None,
     ) -> None:
         _check_at_least(1, num_sequences=num_sequences, max_steps=max_steps)
-        _check_at_least(0, warmup=warmup)
+        if warmup is not None:
+            _check_at_least(0, warmup=warmup)
         optional = {
             "every_n_epochs": every_n_epochs,
             "every_n_train_steps": every_n_train_steps,
@@ -120,7 +128,7 @@ class LyapunovMonitor(Callback):
             "qr_interval": None if isinstance(qr_interval, str) and qr_interval == "auto" else qr_interval,
         }
         _check_at_least(1, **{name: value for name, value in optional.items() if value is not None})
-        if warmup >= max_steps:
+        if warmup is not None and warmup >= max_steps:
             raise ValueError(
                 f"`warmup={warmup}` leaves nothing to average: `max_steps` is {max_steps}. "
                 "Lower `warmup` or raise `max_steps`."
@@ -330,7 +338,7 @@ class LyapunovMonitor(Callback):
             return []
         sequences = run.sequences[name]
         longest = int(sequences.lengths.max())
-        warmup = min(self.warmup, longest // 2)
+        warmup = min(_WARMUP if self.warmup is None else self.warmup, longest // 2)
         growths = layer_growth(
             layer,
             sequences,
