@@ -14,8 +14,10 @@ from lightning_lyapunov.metrics import (
     MaximalLyapunovExponent,
     MaximalLyapunovStandardError,
     MeanLyapunovExponent,
+    MemorySteps,
     NumDegenerateExponents,
     NumPositiveExponents,
+    ShareNearZero,
     lyapunov_metrics,
 )
 from lightning_lyapunov.spectrum import FLOOR
@@ -33,8 +35,10 @@ __all__ = [
     "MaximalLyapunovExponent",
     "MaximalLyapunovStandardError",
     "MeanLyapunovExponent",
+    "MemorySteps",
     "NumDegenerateExponents",
     "NumPositiveExponents",
+    "ShareNearZero",
     "jacobians",
     "kaplan_yorke_dimension",
     "kolmogorov_sinai_entropy",

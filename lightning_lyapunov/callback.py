@@ -17,7 +17,7 @@ from lightning_lyapunov.figure import spectrum_figure
 from lightning_lyapunov.functional import layer_growth, working_dtype
 from lightning_lyapunov.history import History, save_table
 from lightning_lyapunov.layers import as_layer, is_recurrent
-from lightning_lyapunov.metrics import lyapunov_metrics, student_t_quantile
+from lightning_lyapunov.metrics import LyapunovSummary, student_t_quantile
 from lightning_lyapunov.overhead import Overhead
 from lightning_lyapunov.sampling import Recorder
 from lightning_lyapunov.sequences import RecurrentLayer, Sequences
@@ -37,6 +37,8 @@ _LOGGED = (
     "kolmogorov_sinai_entropy",
     "num_positive",
     "log10_gradient_gain",
+    "memory_steps",
+    "share_near_zero",
 )
 _ROWS = ("spectrum", "stderr")
 
@@ -92,8 +94,8 @@ class LyapunovMonitor(Callback):
 
     The defaults are measured (``tests/benchmarks/bench_monitor.py``), on initialised and trained RNN, GRU and LSTM
     layers of 64 units, against a run of 10,000 steps: the largest exponent of 100 steps after 50 is off by at most
-    0.005 nats per step, about the standard error of 16 sequences. After 20 it is off by up to 0.02, in 50 steps by up to
-    0.04; 250 steps are off by 0.001 and take two and a half times as long.
+    0.005 nats per step, about the standard error of 16 sequences. After 20 it is off by up to 0.02, in 50 steps by up
+    to 0.04; 250 steps are off by 0.001 and take two and a half times as long.
 
     Example::
 
@@ -298,18 +300,19 @@ class LyapunovMonitor(Callback):
             growths = []
         for index, cell in enumerate(layer.cell_names):
             count = self._num_exponents_of(layer, index, trainer)
-            metrics = lyapunov_metrics(count).to("cpu" if device.type == "mps" else device)
-            spectrum, steps = growths[index] if growths else (torch.empty(0, count), torch.empty(0))
+            cell = f"{name}.{cell}" if len(layer.cell_names) > 1 else name
+            metrics = LyapunovSummary(count).to("cpu" if device.type == "mps" else device)
+            samples = growths[index] if growths else (torch.empty(0, count), torch.empty(0))
             if growths is None:
-                spectrum, steps = torch.full((1, count), math.nan), torch.full((1,), math.nan)
-            metrics.update(spectrum, steps=steps)
-            measured[f"{name}.{cell}" if len(layer.cell_names) > 1 else name] = metrics.compute()
+                samples = torch.full((1, count), math.nan), torch.full((1,), math.nan)
+            metrics.update(*samples)
+            measured[cell] = metrics.compute()
         return measured
 
-    def _layer_growth(self, name: str, layer: RecurrentLayer, run: "_Run") -> list[tuple[Tensor, Tensor]] | None:
-        """Return exponents ``(sequences, num_exponents)`` and steps ``(sequences,)`` of each cell, on this rank.
+    def _layer_growth(self, name: str, layer: RecurrentLayer, run: "_Run") -> list[tuple[Tensor, Tensor, int]] | None:
+        """Return for each cell exponents ``(samples, num_exponents)``, steps ``(samples,)`` and samples per sequence.
 
-        Nothing for a layer that was not called; None for one that could not be measured.
+        They are those of this rank. Nothing for a layer that was not called; None for one that could not be measured.
         """
         try:
             # In every process, whatever its batch held: all of them wait for it.
@@ -326,7 +329,7 @@ class LyapunovMonitor(Callback):
             )
             return None
 
-    def _own_growth(self, name: str, layer: RecurrentLayer, run: "_Run") -> list[tuple[Tensor, Tensor]]:
+    def _own_growth(self, name: str, layer: RecurrentLayer, run: "_Run") -> list[tuple[Tensor, Tensor, int]]:
         if name in run.recorder.errors:
             raise run.recorder.errors[name]
         if name not in run.sequences:
@@ -349,7 +352,8 @@ class LyapunovMonitor(Callback):
             segments=min(_SEGMENTS, longest - warmup) if len(sequences.lengths) == 1 else 1,
         )
         return [
-            ((growth.total / growth.steps.unsqueeze(-1)).flatten(0, 1), growth.steps.flatten()) for _, growth in growths
+            ((growth.total / growth.steps.unsqueeze(-1)).flatten(0, 1), growth.steps.flatten(), len(growth.steps))
+            for _, growth in growths
         ]
 
     def _num_exponents_of(self, layer: RecurrentLayer, index: int, trainer: Any) -> int:
@@ -375,12 +379,15 @@ class LyapunovMonitor(Callback):
             run.latest[cell] = metrics
             scalars.update({f"lyapunov/{cell}/{name}": metrics[name] for name in _LOGGED})
             self._history.append(cell, step, *(metrics[name].float().cpu().reshape(-1) for name in _ROWS))
-        value = stderr = math.nan
+        value = stderr = place = math.nan
+        worst_layer = None
         self.estimates = dict(run.measured)
         if run.measured:
             worst = max(run.measured.values(), key=lambda estimate: (math.isnan(estimate.value), estimate.value))
             self.estimates["lyapunov/max"], (value, stderr, *_) = worst, worst
-        scalars["lyapunov/max"], scalars["lyapunov/max_stderr"] = torch.tensor(value), torch.tensor(stderr)
+            worst_layer, place = worst.layer, list(cells).index(worst.layer)
+        overall = {"max": value, "max_stderr": stderr, "worst_layer": place}
+        scalars.update({f"lyapunov/{name}": torch.tensor(number) for name, number in overall.items()})
 
         device = trainer.strategy.root_device
         trainer.callback_metrics.update({key: value.float().to(device) for key, value in scalars.items()})
@@ -393,7 +400,9 @@ class LyapunovMonitor(Callback):
             quantiles = {e.layer: student_t_quantile(0.975, e.num_sequences - 1) for e in self.estimates.values()}
             for logger in trainer.loggers:
                 try:
-                    if not dashboard.log_spectra(logger, history_so_far, step, quantiles=quantiles, band=self.log_band):
+                    if not dashboard.log_spectra(
+                        logger, history_so_far, step, quantiles=quantiles, band=self.log_band, worst=worst_layer
+                    ):
                         run.warn(
                             f"{type(logger)} is not known",
                             f"{type(logger).__name__} is not known to take pictures of the spectrum.",

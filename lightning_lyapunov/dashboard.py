@@ -38,11 +38,12 @@ def log_spectra(
     *,
     quantiles: Mapping[str, float] | None = None,
     band: bool = False,
+    worst: str | None = None,
 ) -> bool:
     """Send two pictures of each layer, its last spectrum and all of them, to a logger that takes pictures.
 
     TensorBoard gets the last spectrum as a histogram, too. Loggers are told by what they can do, because two packages
-    have classes of the same name.
+    have classes of the same name. The ``prefix`` of a logger stands before these tags, as before those of the scalars.
 
     Args:
         logger: a logger of Lightning's kind.
@@ -53,15 +54,18 @@ def log_spectra(
             1.96, that of many sequences, for those not named.
         band: log the 95 % confidence band of the largest exponent as scalars, too, where a logger takes them by
             ``add_scalar``: ``"lyapunov_band/<layer>/lower"`` and ``".../upper"``. See :func:`lyapunov_layout`.
+        worst: the layer to name as text, ``"lyapunov/worst_layer"``, where a logger takes it by ``add_text``.
 
     Returns:
         False for a logger that is not known to take pictures, nor to take numbers only.
     """
     show = _picture_call(logger)
+    if worst is not None and hasattr(getattr(logger, "experiment", None), "add_text"):
+        logger.experiment.add_text(f"{_prefix_of(logger)}lyapunov/worst_layer", f"`{worst}`", step)
     for layer, measurements in history.items():
         spectra, stderr = measurements["spectrum"].numpy(), measurements["stderr"].numpy()
         half_width = (quantiles or {}).get(layer, _QUANTILE) * stderr[-1]
-        _add_numbers(getattr(logger, "experiment", None), layer, spectra[-1], half_width, step, band)
+        _add_numbers(logger, layer, spectra[-1], half_width, step, band)
         if show:
             title = f"Lyapunov exponents of {layer}"
             over_training = spectrum_picture(measurements["step"].numpy(), spectra, title)
@@ -71,7 +75,7 @@ def log_spectra(
     return show is not None or _takes_numbers_only(logger)
 
 
-def lyapunov_layout(layers: Iterable[str], *, band: bool = False) -> dict[str, dict[str, list[Any]]]:
+def lyapunov_layout(layers: Iterable[str], *, band: bool = False, prefix: str = "") -> dict[str, dict[str, list[Any]]]:
     """Return a page of charts for TensorBoard's tab "Custom Scalars": the layers side by side.
 
     TensorBoard keeps the last layout of a run only, so join it with yours and add both in one call.
@@ -80,6 +84,7 @@ def lyapunov_layout(layers: Iterable[str], *, band: bool = False) -> dict[str, d
         layers: the names of the layers, as in the logged keys ``"lyapunov/<layer>/max"``.
         band: add a chart for each layer of its largest exponent with the 95 % confidence band. It stays empty unless
             the band is logged: see :func:`log_spectra`.
+        prefix: that of the logger, if it has one.
 
     Returns:
         One category for ``SummaryWriter.add_custom_scalars``.
@@ -92,17 +97,17 @@ def lyapunov_layout(layers: Iterable[str], *, band: bool = False) -> dict[str, d
         >>> list(layout)
         ['losses', 'Lyapunov exponents']
     """
-    layers = list(layers)
+    largest = {layer: f"{_joined(prefix)}lyapunov/{layer}/max" for layer in layers}
     charts: dict[str, list[Any]] = {
-        "Largest exponent, nats per step": ["Multiline", [_exactly(f"lyapunov/{layer}/max") for layer in layers]],
+        "Largest exponent, nats per step": ["Multiline", [_exactly(tag) for tag in largest.values()]],
         "Standard error of the largest exponent": [
             "Multiline",
-            [_exactly(f"lyapunov/{layer}/max_stderr") for layer in layers],
+            [_exactly(f"{tag}_stderr") for tag in largest.values()],
         ],
     }
     if band:
-        for layer in layers:
-            charts[f"{layer}: largest exponent, 95 % band"] = ["Margin", [f"lyapunov/{layer}/max", *_band_tags(layer)]]
+        for layer, tag in largest.items():
+            charts[f"{layer}: largest exponent, 95 % band"] = ["Margin", [tag, *_band_tags(_joined(prefix), layer)]]
     return {"Lyapunov exponents": charts}
 
 
@@ -111,31 +116,45 @@ def _exactly(tag: str) -> str:
     return f"{re.escape(tag)}$"
 
 
-def _band_tags(layer: str) -> tuple[str, str]:
+def _band_tags(prefix: str, layer: str) -> tuple[str, str]:
     # Beside the exponents, not among them, where each would be a card of its own on the page that tells the story.
-    return f"lyapunov_band/{layer}/lower", f"lyapunov_band/{layer}/upper"
+    return f"{prefix}lyapunov_band/{layer}/lower", f"{prefix}lyapunov_band/{layer}/upper"
+
+
+def _prefix_of(logger: Any) -> str:
+    """Return what the logger puts before the keys of the scalars; its experiment would not."""
+    prefix = getattr(logger, "_prefix", "")
+    return _joined(prefix) if isinstance(prefix, str) else ""
+
+
+def _joined(prefix: str) -> str:
+    return f"{prefix}-" if prefix else ""  # Lightning's `LOGGER_JOIN_CHAR`
 
 
 def _add_numbers(
-    experiment: Any, layer: str, spectrum: NDArray[Any], half_width: NDArray[Any], step: int, band: bool
+    logger: Any, layer: str, spectrum: NDArray[Any], half_width: NDArray[Any], step: int, band: bool
 ) -> None:
-    resolved = spectrum[_resolved(spectrum)]
+    experiment: Any = getattr(logger, "experiment", None)
+    prefix, resolved = _prefix_of(logger), spectrum[_resolved(spectrum)]
     if hasattr(experiment, "add_histogram") and len(resolved):
-        experiment.add_histogram(f"lyapunov/{layer}/spectrum", resolved, step)
+        experiment.add_histogram(f"{prefix}lyapunov/{layer}/spectrum", resolved, step)
     if band and hasattr(experiment, "add_scalar"):
-        for tag, bound in zip(_band_tags(layer), (-half_width[0], half_width[0]), strict=True):
+        for tag, bound in zip(_band_tags(prefix, layer), (-half_width[0], half_width[0]), strict=True):
             experiment.add_scalar(tag, float(spectrum[0] + bound), step)
 
 
 def _picture_call(logger: Any) -> Callable[[str, NDArray[np.uint8], int], Any] | None:
     """Return the call by which a logger is shown a picture, ``(tag, picture, step)``; None for one that takes none."""
     experiment: Any = getattr(logger, "experiment", None)
+    prefix = _prefix_of(logger)
     if hasattr(experiment, "add_image"):  # TensorBoard
-        return lambda tag, picture, step: experiment.add_image(tag, picture, step, dataformats="HWC")
-    if hasattr(logger, "log_image"):  # W&B. Its own step counts calls; the logger keeps ours beside it, as for scalars.
+        return lambda tag, picture, step: experiment.add_image(prefix + tag, picture, step, dataformats="HWC")
+    # W&B. Its own step counts calls; the logger keeps ours beside it and puts its prefix before, as for scalars.
+    if hasattr(logger, "log_image"):
         return lambda tag, picture, step: logger.log_image(tag, [picture], step=step)
     if hasattr(experiment, "log_image") and hasattr(logger, "run_id"):
-        return lambda tag, picture, step: _add_to_mlflow(experiment.log_image, logger.run_id, tag, picture, step)
+        run_id = logger.run_id
+        return lambda tag, picture, step: _add_to_mlflow(experiment.log_image, run_id, prefix + tag, picture, step)
     return None
 
 

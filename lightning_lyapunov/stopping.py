@@ -1,6 +1,7 @@
 """``InstabilityStopping``: end a run whose dynamics have become unstable, and not one that only looks so by chance."""
 
 import math
+import re
 from typing import Any
 
 from lightning.pytorch.callbacks import EarlyStopping
@@ -79,6 +80,7 @@ class InstabilityStopping(EarlyStopping):
                 "InstabilityStopping()]`."
             )
         self._seen = None
+        self.stopping_reason, self.stopping_reason_message = EarlyStoppingReason.NOT_STOPPED, None
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._check(trainer)
@@ -90,9 +92,10 @@ class InstabilityStopping(EarlyStopping):
         """Do nothing: there is no measurement between two batches."""
 
     def _check(self, trainer: Any) -> None:
-        """Judge the last measurement, once. It is the same on every rank, and so is the number of calls."""
+        """Judge the last measurement, once, until a stop. It is the same on every rank, as is the number of calls."""
         estimate = self._newest(trainer)
-        if estimate is None or estimate is self._seen or trainer.fast_dev_run:
+        stopped = self.stopping_reason != EarlyStoppingReason.NOT_STOPPED
+        if estimate is None or estimate is self._seen or stopped or trainer.fast_dev_run:
             return
         self._seen = estimate
         side = self._judge(estimate)
@@ -116,8 +119,11 @@ class InstabilityStopping(EarlyStopping):
         measured = [callback.estimates for callback in monitors if callback.estimates]
         found = [estimates[self.monitor] for estimates in measured if self.monitor in estimates]
         if measured and not found:
-            available = "`, `".join(key for estimates in measured for key in estimates)
-            raise ValueError(f"`monitor={self.monitor!r}` is not measured. Write one of `{available}`.")
+            # A layer that has not been called yet is published, and no estimate.
+            available = [key for key in trainer.callback_metrics if re.fullmatch("lyapunov/(.+/)?max", key)]
+            if self.monitor not in available:
+                names = "`, `".join(available)
+                raise ValueError(f"`monitor={self.monitor!r}` is not measured. Write one of `{names}`.")
         return max(found, key=lambda estimate: estimate.step, default=None)
 
     def _judge(self, estimate: Estimate) -> str:
@@ -137,7 +143,7 @@ class InstabilityStopping(EarlyStopping):
             return f"{where} is not finite, because the network is not."
         value = f"{where} is {estimate.value:+.3f} ± {estimate.stderr:.3f} nats per step"
         sure = f"with {self.confidence:.0%} confidence in {self.wait_count} measurements in a row"
-        if side == "above":
-            grows = f"perturbations and gradients grow {math.exp(min(10 * estimate.value, 700)):.3g}-fold in 10 steps"
-            return f"{value}, above {self.threshold:g} {sure}; {grows}."
-        return f"{value}, below {self.lower_threshold:g} {sure}; its memory lasts {-1 / estimate.value:.2g} steps."
+        if side == "below":
+            return f"{value}, below {self.lower_threshold:g} {sure}; its memory lasts {-1 / estimate.value:.2g} steps."
+        grows = f"perturbations and gradients grow {math.exp(min(10 * estimate.value, 700)):.3g}-fold in 10 steps"
+        return f"{value}, above {self.threshold:g} {sure}; {grows}."

@@ -31,6 +31,7 @@ from models import (
     series,
     tokens,
 )
+from torch import nn
 from torch.testing import assert_close
 
 import lightning_lyapunov.callback
@@ -44,11 +45,14 @@ NUMBERS = {
     "kolmogorov_sinai_entropy",
     "num_positive",
     "log10_gradient_gain",
+    "memory_steps",
+    "share_near_zero",
 }
 
 
 def keys_of(*cells):
-    return {"lyapunov/max", "lyapunov/max_stderr"} | {f"lyapunov/{cell}/{name}" for cell in cells for name in NUMBERS}
+    overall = {"lyapunov/max", "lyapunov/max_stderr", "lyapunov/worst_layer"}
+    return overall | {f"lyapunov/{cell}/{name}" for cell in cells for name in NUMBERS}
 
 
 def published(trainer):
@@ -183,6 +187,17 @@ def test_the_largest_exponent_over_all_cells_is_the_one_to_stop_on():
     assert values["lyapunov/max_stderr"] == values[f"lyapunov/{worst}/max_stderr"]
 
 
+@pytest.mark.parametrize("worst", [0, 1, 2])
+def test_the_worst_layer_is_told_by_its_place(worst):
+    model = Regressor("RNN", num_layers=3, lr=0.0)
+    for place in {0, 1, 2} - {worst}:
+        nn.init.zeros_(getattr(model.rnn, f"weight_hh_l{place}"))
+    monitor = LyapunovMonitor(strict=True)
+    values = published(fit(model, monitor, max_epochs=1))
+    assert values["lyapunov/worst_layer"] == worst
+    assert list(monitor.history)[worst] == monitor.estimates["lyapunov/max"].layer == f"rnn.l{worst}"
+
+
 @pytest.mark.parametrize("modules", ["rnn", ["rnn"], ("rnn",)], ids=str)
 def test_only_the_modules_named_are_watched(modules):
     trainer = fit(TwoLayers(), LyapunovMonitor(modules), max_epochs=1)
@@ -309,11 +324,25 @@ def test_a_batch_of_one_sequence_has_an_error_too():
     assert 0 < values["lyapunov/max_stderr"] < 1
 
 
-def test_the_gain_of_gradients_is_that_over_the_window():
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_gain_of_gradients_is_that_over_the_window(batch_size):
     rate, time, warmup = -0.5, 12, 4
-    trainer = fit(Dial([rate]), LyapunovMonitor(warmup=warmup), max_epochs=1, data=series(time=time))
+    data = series(batch_size=batch_size, time=time)
+    trainer = fit(Dial([rate]), LyapunovMonitor(warmup=warmup), max_epochs=1, data=data)
     gain = trainer.callback_metrics["lyapunov/rnn/log10_gradient_gain"].item()
     assert gain == pytest.approx(rate * (time - warmup) / math.log(10), rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize(
+    ("rate", "memory", "share"),
+    [(-0.5, 2.0, 0.0), (0.5, 2.0, 0.0), (-0.2, 5.0, 0.0), (-0.1, 8.0, 1.0), (0.0, 8.0, 1.0)],
+)
+def test_memory_is_resolved_up_to_the_window(rate, memory, share, batch_size):
+    data = series(batch_size=batch_size, time=12)
+    values = published(fit(Dial([rate]), LyapunovMonitor(warmup=4), max_epochs=1, data=data))
+    assert values["lyapunov/rnn/memory_steps"].item() == pytest.approx(memory, rel=1e-5)
+    assert values["lyapunov/rnn/share_near_zero"] == share
 
 
 # What it leaves alone

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
@@ -196,6 +197,23 @@ def test_the_layout_shows_the_band_that_is_logged():
     assert tags == ["lyapunov/lstm/max", *experiment.scalars]
 
 
+@pytest.mark.parametrize("prefix", ["", "mine"])
+def test_all_that_the_layout_names_was_logged_with_the_prefix_of_the_logger(prefix, tmp_path):
+    logger = TensorBoardLogger(tmp_path, prefix=prefix)
+    log_spectra(logger, history([0.5, -1.0]), 3, band=True, worst="lstm")
+    logger.log_metrics({"lyapunov/lstm/max": 0.5, "lyapunov/lstm/max_stderr": 0.1}, step=3)
+    logger.finalize("success")
+    tags = EventAccumulator(logger.log_dir).Reload().Tags()
+    logged = [*tags["scalars"], *tags["histograms"], *tags["images"], *tags["tensors"]]
+    assert len(logged) == 8
+    assert all(tag.startswith("mine-lyapunov" if prefix else "lyapunov") for tag in logged)
+    (charts,) = lyapunov_layout(["lstm"], band=True, prefix=prefix).values()
+    assert len(charts) == 3
+    for kind, lines in charts.values():
+        for line in lines:
+            assert [tag for tag in tags["scalars"] if (tag == line if kind == "Margin" else re.match(line, tag))]
+
+
 def test_tensorboard_takes_the_layout_with_that_of_the_user(tmp_path):
     mine = {"losses": {"both": ["Multiline", ["train_loss", "val_loss"]]}}
     writer = SummaryWriter(tmp_path)
@@ -214,10 +232,13 @@ class Experiment:
     """Keeps what it is asked to show."""
 
     def __init__(self):
-        self.histograms, self.images, self.scalars = {}, {}, {}
+        self.histograms, self.images, self.scalars, self.texts = {}, {}, {}, {}
 
     def add_scalar(self, tag, value, step):
         self.scalars[tag] = (value, step)
+
+    def add_text(self, tag, text, step):
+        self.texts[tag] = (text, step)
 
     def add_histogram(self, tag, values, step):
         self.histograms[tag] = (np.asarray(values).tolist(), step)
@@ -276,6 +297,13 @@ def test_the_band_is_of_the_largest_exponent(quantiles, quantile):
     }
 
 
+@pytest.mark.parametrize(("worst", "texts"), [("lstm", {"lyapunov/worst_layer": ("`lstm`", 7)}), (None, {})])
+def test_the_worst_layer_is_named(worst, texts):
+    experiment = Experiment()
+    log_spectra(SimpleNamespace(experiment=experiment), history([0.5]), 7, worst=worst)
+    assert experiment.texts == texts
+
+
 def test_no_scalar_is_logged_unasked():
     experiment = Experiment()
     log_spectra(SimpleNamespace(experiment=experiment), history([0.5]), 0)
@@ -300,10 +328,12 @@ def test_a_known_logger_is_nothing_to_tell_of(logger):
     assert log_spectra(logger, history([0.5]), 0) is True
 
 
-def test_an_older_mlflow_gets_a_file_for_each_step():
+@pytest.mark.parametrize(("prefix", "put_before"), [("", ""), ("mine", "mine-"), (None, "")])
+def test_an_older_mlflow_gets_a_file_for_each_step(prefix, put_before):
     files = []
     experiment = SimpleNamespace(log_image=lambda run_id, image, artifact_file: files.append((run_id, artifact_file)))
-    assert log_spectra(SimpleNamespace(experiment=experiment, run_id="run"), history([0.5]), 7)
+    logger = SimpleNamespace(experiment=experiment, run_id="run", _prefix=prefix)
+    assert log_spectra(logger, history([0.5]), 7)
     assert files == [
-        ("run", f"lyapunov/lstm/{name}/00000007.png") for name in ("spectrum_over_training", "spectrum_now")
+        ("run", f"{put_before}lyapunov/lstm/{name}/00000007.png") for name in ("spectrum_over_training", "spectrum_now")
     ]

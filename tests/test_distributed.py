@@ -85,6 +85,17 @@ class SaveResults(Callback):
             "inputs": pl_module.seen,
             "weights": {name: whole(weight) for name, weight in pl_module.state_dict().items()},
             "epochs": trainer.current_epoch,
+            "decisions": [
+                {
+                    "step": trainer.global_step,
+                    "epoch": rule.stopped_epoch,
+                    "count": rule.wait_count,
+                    "reason": rule.stopping_reason.name,
+                    "message": rule.stopping_reason_message,
+                }
+                for rule in trainer.callbacks
+                if isinstance(rule, InstabilityStopping)
+            ],
         }
         torch.save(results, f"{self.folder}/{trainer.global_rank}.pt")
 
@@ -202,8 +213,93 @@ def test_one_process_that_is_not_finite_makes_nan_of_all_and_all_stop(num_proces
     stop = EarlyStopping("lyapunov/max", patience=10**6)
     results = distributed(Still(spoilt), num_processes, tmp_path, stop, max_epochs=3)
     assert_all_know_the_same(results)
-    assert all(value.isnan() for value in results[0]["values"][-1].values())
+    last = results[0]["values"][-1]
+    assert {key for key, value in last.items() if not value.isnan()} == {"lyapunov/worst_layer"}
     assert [result["epochs"] for result in results] == [1] * num_processes
+
+
+# The rule that stops a run
+
+
+class SaveCheckpoint(Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.save_checkpoint(f"{trainer.default_root_dir}/run.ckpt")
+
+
+def saturating(mine):
+    """Exponents are log 1.5 for inputs of zero, and about -1.7 for those of ``calm``."""
+    model = Still(mine, cell="RNN")
+    for parameter in model.rnn.parameters():
+        nn.init.zeros_(parameter)
+    nn.init.ones_(model.rnn.weight_ih_l0)
+    model.rnn.weight_hh_l0.data = 1.5 * torch.eye(model.rnn.hidden_size)
+    return model
+
+
+def calm(tensor, rank):
+    return 0.2 * tensor
+
+
+def one_unstable(tensor, rank):
+    return 0 * tensor if rank == 1 else calm(tensor, rank)
+
+
+def decided(model, rule, folder, *callbacks, rule_first=False, num_processes=2, **options):
+    """Train, for six batches in each process if nothing else is said, and return what all have decided."""
+    monitor = LyapunovMonitor(every_n_train_steps=1, warmup=2, strict=True)
+    first, second = (rule, monitor) if rule_first else (monitor, rule)
+    options = {"data": series(6 * num_processes), **options}
+    results = distributed(model, num_processes, folder, second, *callbacks, monitor=first, **options)
+    decision, *others = [result["decisions"] for result in results]
+    assert others == [decision] * (num_processes - 1)
+    return decision[0]
+
+
+@worlds
+@pytest.mark.parametrize("rule_first", [False, True])
+def test_one_process_that_is_unstable_stops_all_at_one_step_for_one_reason(rule_first, num_processes, tmp_path):
+    rule, model = InstabilityStopping(-1.3, patience=2, confidence=0.5), saturating(one_unstable)
+    decision = decided(model, rule, tmp_path, rule_first=rule_first, num_processes=num_processes)
+    # A rule before the monitor sees each measurement a batch later.
+    assert decision["step"] == 2 + rule_first
+    assert (decision["count"], decision["reason"]) == (2, "DIVERGENCE_THRESHOLD")
+    assert "Training stops at step 1: the largest Lyapunov exponent of `rnn`" in decision["message"]
+    assert "above -1.3" in decision["message"]
+
+
+def test_processes_that_are_all_stable_go_on_to_the_end(tmp_path):
+    decision = decided(saturating(calm), InstabilityStopping(-1.3, confidence=0.5), tmp_path)
+    assert (decision["step"], decision["reason"], decision["message"]) == (6, "NOT_STOPPED", None)
+
+
+def test_what_one_process_would_stop_for_is_judged_over_all_of_them(tmp_path):
+    """The exponents of one are above the threshold beyond doubt, those of both are not."""
+    decision = decided(saturating(one_unstable), InstabilityStopping(0.3), tmp_path)
+    assert (decision["step"], decision["reason"]) == (6, "NOT_STOPPED")
+
+
+@worlds
+def test_one_process_that_is_not_finite_stops_all_at_once(num_processes, tmp_path):
+    decision = decided(saturating(spoilt), InstabilityStopping(patience=5), tmp_path, num_processes=num_processes)
+    assert (decision["step"], decision["reason"]) == (1, "NON_FINITE_METRIC")
+
+
+def test_a_layer_that_one_process_alone_calls_stops_all(tmp_path):
+    rule = InstabilityStopping(-50.0, monitor="lyapunov/other/max")
+    decision = decided(Sometimes([1]), rule, tmp_path, unused=True)
+    assert decision["step"] == 2
+    assert "`other`" in decision["message"]
+
+
+def test_the_count_of_all_processes_goes_on_after_a_resume(tmp_path):
+    options = {"data": series(2), "default_root_dir": tmp_path}
+    rule = InstabilityStopping(-1.3, patience=3, confidence=0.5)
+    assert decided(saturating(one_unstable), rule, tmp_path, SaveCheckpoint(), **options)["count"] == 1
+    rule = InstabilityStopping(-1.3, patience=3, confidence=0.5)
+    options |= {"ckpt_path": tmp_path / "run.ckpt", "max_epochs": 6}
+    decision = decided(saturating(one_unstable), rule, tmp_path, **options)
+    # One batch in each epoch: one before the break and two after it.
+    assert (decision["step"], decision["count"]) == (3, 3)
 
 
 def test_one_process_whose_measurement_fails_makes_nan_of_all_and_nobody_waits(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_lyapunov import LyapunovMonitor
 
-KEYS = {"lyapunov/max", "lyapunov/max_stderr"} | {
+KEYS = {"lyapunov/max", "lyapunov/max_stderr", "lyapunov/worst_layer"} | {
     f"lyapunov/rnn/{name}"
     for name in (
         "max",
@@ -22,6 +22,8 @@ KEYS = {"lyapunov/max", "lyapunov/max_stderr"} | {
         "kolmogorov_sinai_entropy",
         "num_positive",
         "log10_gradient_gain",
+        "memory_steps",
+        "share_near_zero",
     )
 }
 SPECTRUM = "lyapunov/rnn/spectrum"
@@ -150,6 +152,19 @@ def test_tensorboard_shows_scalars_histograms_and_a_picture(tmp_path):
     assert tags["images"] == [PICTURE, NOW]
     for kept in (events.Scalars("lyapunov/max"), events.Histograms(SPECTRUM), events.Images(PICTURE)):
         assert [event.step for event in kept] == monitor.history["rnn"]["step"].tolist() == [0, 2, 5]
+
+
+@pytest.mark.parametrize("worst", [0, 1])
+def test_tensorboard_names_the_worst_layer(worst, tmp_path):
+    model = Regressor("RNN", num_layers=2, lr=0.0)
+    torch.nn.init.zeros_(getattr(model.rnn, f"weight_hh_l{1 - worst}"))
+    trainer = fit(model, LyapunovMonitor(), logger=TensorBoardLogger(tmp_path))
+    events = EventAccumulator(trainer.log_dir, {"tensors": 0}).Reload()
+    named = events.Tensors("lyapunov/worst_layer/text_summary")
+    assert [(event.step, event.tensor_proto.string_val[0].decode()) for event in named] == [
+        (step, f"`rnn.l{worst}`") for step in (0, 2, 5)
+    ]
+    assert [event.value for event in events.Scalars("lyapunov/worst_layer")] == [worst] * 3
 
 
 def test_tensorboard_holds_the_numbers_of_the_history(tmp_path):

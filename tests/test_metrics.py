@@ -18,12 +18,15 @@ from lightning_lyapunov.metrics import (
     Log10GradientGain,
     LyapunovSpectrum,
     LyapunovStandardError,
+    LyapunovSummary,
     MaximalLyapunovExponent,
     MaximalLyapunovStandardError,
     MeanLyapunovExponent,
+    MemorySteps,
     NumDegenerateExponents,
     NumPositiveExponents,
     NumSequences,
+    ShareNearZero,
 )
 
 matplotlib.use("Agg")
@@ -65,6 +68,8 @@ REFERENCES = {
     NumDegenerateExponents: lambda e: 0,
     NumSequences: lambda e: e.count,
     Log10GradientGain: lambda e: e.spectrum[0] * e.steps / np.log(10),
+    MemorySteps: lambda e: 1 / abs(e.spectrum[0]),
+    ShareNearZero: lambda e: np.mean([abs(exponent) * e.steps < 1 for exponent in e.spectrum]),
 }
 each_metric = pytest.mark.parametrize("metric_class", REFERENCES)
 
@@ -190,6 +195,101 @@ def test_collection_counts_each_update_once():
     for rows in (slice(3), slice(3, None)):
         updated(collection, rows)
     assert collection.compute()["num_sequences"] == len(SPECTRA)
+
+
+def test_the_summary_holds_the_values_of_the_collection():
+    summary, collection = updated(LyapunovSummary(COUNT)).compute(), updated(lyapunov_metrics(COUNT)).compute()
+    assert set(summary) == set(collection)
+    for name, value in summary.items():
+        assert_close(value, collection[name], rtol=0, atol=0)
+
+
+def test_the_summary_is_gathered_once():
+    gathered = []
+
+    def gather(moments, group):
+        gathered.append(moments)
+        return [moments, moments]
+
+    metric = updated(LyapunovSummary(COUNT, dist_sync_fn=gather, distributed_available_fn=lambda: True))
+    assert metric.compute()["num_sequences"] == 2 * len(SPECTRA)
+    assert len(gathered) == 1
+
+
+# Memory, and directions that last
+
+
+def value_of(metric_class, spectrum, steps=80, **options):
+    metric = metric_class(len(spectrum))
+    metric.update(torch.tensor([spectrum], dtype=torch.float64), steps=steps, **options)
+    return metric.compute().item()
+
+
+@pytest.mark.parametrize(
+    ("spectrum", "memory"),
+    [
+        ([-0.05, -1.0], 20.0),
+        ([-1.0, -0.05], 20.0),
+        ([0.5, -0.5], 2.0),
+        ([-2.0], 0.5),
+        ([-0.0125], 80.0),
+        ([-0.001, -1.0], 80.0),
+        ([0.0], 80.0),
+        ([-0.0], 80.0),
+        ([1e-300], 80.0),
+        ([FLOOR, FLOOR], 1 / -FLOOR),
+        ([-math.inf], 1 / -FLOOR),
+    ],
+    ids=str,
+)
+def test_the_memory_is_the_time_of_an_e_fold_and_at_most_the_window(spectrum, memory):
+    assert value_of(MemorySteps, spectrum) == pytest.approx(memory, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("spectrum", "share"),
+    [
+        ([0.5, 0.012, -0.012, -1.0], 0.5),
+        ([0.013, -0.013, -1.0], 0.0),
+        ([0.0, 0.0], 1.0),
+        ([0.0], 1.0),
+        ([0.2], 0.0),
+        ([0.0, FLOOR, -math.inf], 1 / 3),
+        ([FLOOR, FLOOR], 0.0),
+    ],
+    ids=str,
+)
+def test_near_zero_is_what_changes_less_than_e_fold_over_the_window(spectrum, share):
+    assert value_of(ShareNearZero, spectrum) == pytest.approx(share)
+
+
+def test_a_longer_window_tells_more_from_zero():
+    assert [value_of(ShareNearZero, [0.01, -0.001], steps) for steps in (50, 200, 2000)] == [1.0, 0.5, 0.0]
+    assert [value_of(MemorySteps, [-0.01], steps) for steps in (50, 200)] == pytest.approx([50, 100])
+
+
+@pytest.mark.parametrize("spectrum", [[math.nan], [-0.1, math.nan]], ids=str)
+@pytest.mark.parametrize("metric_class", [MemorySteps, ShareNearZero])
+def test_of_a_network_that_is_not_finite_neither_is_known(metric_class, spectrum):
+    assert math.isnan(value_of(metric_class, spectrum))
+
+
+@pytest.mark.parametrize(("metric_class", "whole"), [(Log10GradientGain, -8 / math.log(10)), (MemorySteps, 10.0)])
+def test_stretches_of_a_sequence_are_together_as_long_as_it(metric_class, whole):
+    metric = metric_class(1)
+    metric.update(torch.full((8, 1), -0.1), steps=10, segments=8)
+    assert metric.compute().item() == pytest.approx(whole)
+    metric.update(torch.full((3, 1), -0.1), steps=80)
+    assert metric.compute().item() == pytest.approx(whole)
+
+
+def test_stretches_of_a_sequence_are_samples_for_the_error():
+    spectra = torch.tensor(SPECTRA)
+    whole, cut = (lyapunov_metrics(COUNT) for _ in range(2))
+    whole.update(spectra, steps=10)
+    cut.update(spectra, steps=10, segments=len(spectra))
+    for name in ("spectrum", "stderr", "num_sequences"):
+        assert_close(cut.compute()[name], whole.compute()[name])
 
 
 def test_longer_sequences_weigh_more():

@@ -125,6 +125,14 @@ def mlflow_pictures(logger):
     return sorted((tag.replace("~", "/"), int(step)) for tag, _, step, *_ in parts)
 
 
+def test_mlflow_puts_the_prefix_before_numbers_and_pictures(mlflow_logger):
+    mlflow_logger._prefix = "mine"
+    fit_quietly(mlflow_logger)
+    run = mlflow_logger.experiment.get_run(mlflow_logger.run_id)
+    assert "mine-lyapunov/max" in run.data.metrics
+    assert {tag for tag, _ in mlflow_pictures(mlflow_logger)} == {f"mine-{tag}" for tag in PICTURES}
+
+
 def test_mlflow_keeps_every_number_at_our_step(mlflow_logger):
     monitor, _ = fit_quietly(mlflow_logger)
     kept = mlflow_logger.experiment.get_metric_history(mlflow_logger.run_id, "lyapunov/rnn/max")
@@ -165,18 +173,36 @@ class Unknown(Logger):
         pass
 
 
+class CometLogger(Unknown):
+    """As Comet's: its experiment has calls for pictures of its own kind, which are not known here, and no others."""
+
+    class CometExperiment:
+        __slots__ = ()
+
+        def log_image(self, image_data, name=None, overwrite=False, image_format="png", step=None):
+            raise AssertionError("called without knowing how")
+
+        def log_metrics(self, dic, prefix=None, step=None, epoch=None):
+            raise AssertionError("called beside the logger")
+
+    @property
+    def experiment(self):
+        return self.CometExperiment()
+
+
 def test_csv_gets_its_numbers_without_a_word(tmp_path):
     _, warned = fit_quietly(CSVLogger(tmp_path))
     assert not warned
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_a_logger_that_is_not_known_to_take_pictures_is_said_once_and_is_no_error(strict):
-    logger = Unknown()
-    _, warned = fit_quietly(logger, LyapunovMonitor(strict=strict))
+@pytest.mark.parametrize("unknown", [Unknown, CometLogger])
+def test_a_logger_that_is_not_known_to_take_pictures_is_said_once_and_is_no_error(unknown, strict):
+    logger = unknown()
+    _, warned = fit_quietly(logger, LyapunovMonitor(strict=strict, log_band=True))
     assert logger.steps == STEPS
     assert len(warned) == 1
-    assert "Unknown" in warned[0]
+    assert unknown.__name__ in warned[0]
 
 
 def test_nothing_is_said_of_pictures_that_nobody_wants():

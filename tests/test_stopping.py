@@ -10,7 +10,7 @@ import pytest
 import pytorch_lightning
 import torch
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
-from models import Dial, Regressor, fit, series
+from models import Dial, Regressor, TwoLayers, fit, series
 from torch import nn
 
 from lightning_lyapunov import InstabilityStopping, LyapunovMonitor
@@ -121,6 +121,44 @@ def test_it_watches_the_layer_that_it_is_told():
         ValueError, match=r"`monitor='lyapunov/gru/max'` is not measured. Write one of `.*lyapunov/rnn/max"
     ):
         run(InstabilityStopping(monitor="lyapunov/gru/max"))
+
+
+def test_a_layer_that_is_not_called_yet_is_waited_for():
+    model = TwoLayers()
+    model.calls = 1  # the first batch goes without it
+    rule = InstabilityStopping(-50.0, monitor="lyapunov/sometimes/max")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = fit(model, LyapunovMonitor(every_n_train_steps=1), rule, max_epochs=1, data=series(6))
+    # It is called in every second batch, and what is repeated in between is not counted again.
+    assert trainer.global_step == 4
+    assert rule.stopping_reason == EarlyStoppingReason.DIVERGENCE_THRESHOLD
+
+
+@pytest.mark.parametrize("key", ["lyapunov/sometimes/mean", "lyapunov/sometimes", "loss", "lyapunov/worst_layer"])
+def test_what_is_no_largest_exponent_cannot_be_watched(key):
+    with pytest.raises(ValueError, match=r"Write one of `.*lyapunov/sometimes/max"):
+        fit(TwoLayers(), LyapunovMonitor(), InstabilityStopping(monitor=key), max_epochs=1)
+
+
+@pytest.mark.parametrize("order", [("monitor", "rule"), ("rule", "monitor")], ids="-".join)
+def test_it_says_its_reason_once(order, caplog):
+    rule = InstabilityStopping(patience=1)
+    with caplog.at_level("INFO"):
+        trainer = run(rule, order=order, min_epochs=6, data=series(2))
+    assert trainer.current_epoch == 6
+    assert rule.stopped_epoch == 2
+    (said,) = [message for message in caplog.messages if "Training stops at step" in message]
+    assert said.endswith(rule.stopping_reason_message)
+
+
+def test_it_judges_anew_in_another_fit():
+    rule = InstabilityStopping(patience=1)
+    run(rule)
+    run(rule, [-0.1, -0.1])
+    assert rule.stopping_reason == EarlyStoppingReason.NOT_STOPPED
+    assert rule.stopping_reason_message is None
+    assert run(rule, [-0.1, 0.1, 0.1, 0.1]).current_epoch == 2
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,12 @@ from lightning_lyapunov import LyapunovMonitor, callback, lyapunov_spectrum
 from lightning_lyapunov.sampling import Recorder
 
 NUMBERS = ["max", "max_stderr", "mean", "kaplan_yorke_dimension", "kolmogorov_sinai_entropy", "num_positive"]
-NUMBERS += ["log10_gradient_gain"]
+NUMBERS += ["log10_gradient_gain", "memory_steps", "share_near_zero"]
 
 
 def keys_of(*cells):
-    return {"lyapunov/max", "lyapunov/max_stderr"} | {f"lyapunov/{cell}/{name}" for cell in cells for name in NUMBERS}
+    overall = {"lyapunov/max", "lyapunov/max_stderr", "lyapunov/worst_layer"}
+    return overall | {f"lyapunov/{cell}/{name}" for cell in cells for name in NUMBERS}
 
 
 def published(trainer):
