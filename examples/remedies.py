@@ -1,6 +1,6 @@
 """Five recurrent networks in trouble, each beside the same network with the trouble remedied.
 
-    python examples/remedies.py    # about a minute on one core
+    python examples/remedies.py    # a minute to a minute and a half on one core
 
 Each is shown a value, then 59 steps of noise, and says at the end what the value was. A loss of 1 is chance. The page
 `reading_the_dashboard.md` tells what to see, with the figures of such a run. The curves are written to `runs/remedies`,
