@@ -1,22 +1,30 @@
 """What the README and the examples say is true, because it is run."""
 
+import math
 import re
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from models import Regressor, fit
 
-from lightning_lyapunov import LyapunovMonitor
+from lightning_lyapunov import LyapunovMonitor, lyapunov_spectrum
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "examples" / "reading_the_dashboard.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def keys(text: str) -> set[str]:
+    rows = re.findall(r"^\| (`lyapunov.*?) \|", text, re.MULTILINE)
+    return {key for row in rows for key in re.findall(r"`(.*?)`", row)}
 
 
 def run_example(name: str, monkeypatch, tmp_path, *arguments: str) -> None:
@@ -43,12 +51,9 @@ def test_the_diff_of_the_readme_is_all_that_a_trainer_needs():
 
 
 def test_the_key_table_of_the_readme_is_what_is_logged():
-    table = {
-        key for row in re.findall(r"^\| (`lyapunov.*?) \|", README, re.MULTILINE) for key in re.findall(r"`(.*?)`", row)
-    }
     trainer = fit(Regressor(), LyapunovMonitor(strict=True))
     logged = {key for key in trainer.callback_metrics if key.startswith("lyapunov/")}
-    assert {key.replace("/rnn/", "/<layer>/") for key in logged} == table
+    assert {key.replace("/rnn/", "/<layer>/") for key in logged} == keys(README)
 
 
 def test_the_two_commands_of_the_readme_name_what_exists():
@@ -114,3 +119,52 @@ def test_the_plain_function_example_agrees_with_the_literature(monkeypatch, tmp_
     assert first["Hénon"] == pytest.approx(0.4192, abs=5e-3)
     assert first["Rössler"] == pytest.approx(0.0714, abs=1e-2)
     assert torch.isfinite(torch.tensor(list(first.values()))).all()
+
+
+def test_the_remedies_are_run_beside_their_troubles(monkeypatch, tmp_path, capsys):
+    run_example("remedies.py", monkeypatch, tmp_path, "--steps", "20")
+    said = capsys.readouterr().out
+    rows = re.findall(r"^\d-(\S+ +\S+) +\S+ ± \S+ +(\S+) ± \S+ +\S+ +(\S+)  (.*)$", said, re.MULTILINE)
+    assert len(rows) == 12
+    last = {" ".join(run.split()): float(exponent) for run, exponent, *_ in rows}
+    stopped = {" ".join(run.split()) for run, *_, word in rows if word == "at step 19"}
+    not_finite = {" ".join(run.split()) for run, _, loss, _ in rows if not math.isfinite(float(loss))}
+    assert stopped == {"exploding rate-too-high", "chaotic stopped"}
+    assert not_finite == {"exploding rate-too-high"}
+    assert last["chaotic strong-weights"] > 0.1 > last["chaotic rescaled"] > -0.1
+    assert last["fading default-weights"] < -0.3 < -0.1 < last["fading orthogonal"]
+    assert last["lstm default-biases"] < -0.3 < -0.1 < last["lstm forget-bias-3"]
+    assert last["gru default-biases"] < -0.3 < -0.1 < last["gru update-bias-3"]
+    assert f"tensorboard --logdir {tmp_path / 'runs' / 'remedies'}" in said
+    assert (tmp_path / "runs" / "remedies" / "remedies.png").stat().st_size > 10_000
+    assert len(list((tmp_path / "runs" / "remedies").glob("*/*/events.out.tfevents.*"))) == 12
+
+
+def test_what_the_page_on_the_dashboard_names_exists():
+    assert "lyapunov/max" in keys(PAGE) <= keys(README)
+    links = re.findall(r"\]\((.*?)\)", PAGE)
+    assert links
+    assert all((ROOT / "examples" / link).stat().st_size > 1000 for link in links)
+    script = (ROOT / "examples" / "remedies.py").read_text(encoding="utf-8")
+    named = re.findall(r"^\| (?:LSTM, |GRU, )?`([a-z0-9-]+)` \|", PAGE, re.MULTILINE)
+    assert set(named) == set(re.findall(r'Run\("\S+", "(.*?)"', script))
+
+
+def test_the_remedies_of_the_page_do_what_it_says():
+    rate, clip, rescale, orthogonal, gate = blocks("python", PAGE)
+    model = SimpleNamespace(rnn=torch.nn.RNN(2, 8), parameters=lambda: model.rnn.parameters())
+    namespace = {"torch": torch, "model": model, "Trainer": dict, "LyapunovMonitor": LyapunovMonitor}
+    exec(rate, namespace)
+    assert namespace["configure_optimizers"](model).defaults["lr"] == 1e-4
+    exec(clip, namespace)
+    assert namespace["trainer"]["gradient_clip_val"] == 0.1
+    exec(rescale, namespace)
+    assert torch.linalg.eigvals(model.rnn.weight_hh_l0).abs().max().item() == pytest.approx(1.2)
+    exec(orthogonal, namespace)
+    torch.testing.assert_close(model.rnn.weight_hh_l0 @ model.rnn.weight_hh_l0.T, torch.eye(8))
+    for cell in (torch.nn.LSTM, torch.nn.GRU):
+        model.rnn = cell(2, 8)
+        exec(gate, namespace)
+        assert (model.rnn.bias_ih_l0 == 3).nonzero().flatten().tolist() == list(range(8, 16))
+        # It is the gate that keeps the state: a change of it lasts.
+        assert lyapunov_spectrum(model.rnn, torch.zeros(50, 1, 2), num_exponents=1).item() > -0.2
