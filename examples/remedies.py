@@ -164,7 +164,9 @@ def remembering(num_batches: int) -> DataLoader[tuple[Tensor, ...]]:
 def train(run: Run, data: DataLoader[tuple[Tensor, ...]], seed: int) -> Result:
     L.seed_everything(seed, verbose=False)
     model = Recall(run)
-    monitor, rule = LyapunovMonitor(every_n_train_steps=20), InstabilityStopping(threshold=0.1, verbose=False)
+    # The sequences are short: 20 steps of warm-up leave 40 to average.
+    monitor = LyapunovMonitor(every_n_train_steps=20, warmup=20)
+    rule = InstabilityStopping(threshold=0.1, verbose=False)
     trainer = L.Trainer(
         max_epochs=1,
         callbacks=[monitor, rule] if run.stop else [monitor],
