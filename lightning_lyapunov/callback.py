@@ -200,8 +200,7 @@ class LyapunovMonitor(Callback):
             return
         self._run.recorder.stop()
         # Where the epoch was cut short its end was not foreseen: the sequences of the last measurement serve again.
-        unforeseen = self._epoch_is_due(trainer) and self._run.measured_step not in (None, trainer.global_step)
-        if unforeseen and not self._run.epoch_is_owed:
+        if self._epoch_is_due(trainer) and self._run.measured_step not in (None, trainer.global_step):
             if self._affords(trainer, self._run):
                 # At this hook Lightning has already counted one step further.
                 self._measure(trainer, self._run, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)

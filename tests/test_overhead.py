@@ -183,6 +183,24 @@ def test_no_optimizer_step_is_measured_twice(accumulate, clock, cost):
     assert steps == [0, 36 // accumulate, 54 // accumulate]
 
 
+@pytest.mark.parametrize(("early", "late"), [(0.125, 8.0), (8.0, 0.125), (1.0, 1.0)], ids=str)
+def test_batches_that_become_slower_or_faster_put_a_measurement_off_no_longer_than_twice(early, late, clock, cost):
+    cost["GRU"], starts = 16.0, []
+    times = itertools.chain(itertools.repeat(early, 20), itertools.repeat(late))
+
+    def start(trainer):
+        clock.spend(next(times))
+        starts.append(clock.now - starts[0] if starts else clock.now)
+
+    starts_at = At("on_train_batch_start", start)
+    monitor = LyapunovMonitor(every_n_train_steps=1, max_overhead=0.25, warmup=0, log_spectrum=False)
+    data = series(200, batch_size=1, time=4)
+    fit(Regressor("GRU", 1), starts_at, monitor, data=data, max_epochs=1)
+    # The second is a quarter when 32 of 112 + 16 seconds went into measuring.
+    first_fit = next(batch for batch, now in enumerate(starts[1:], 1) if now >= 112)
+    assert first_fit <= monitor.history["rnn"]["step"][1] <= 2 * first_fit
+
+
 def test_ranks_are_asked_seldom(clock, cost, monkeypatch):
     """For a measurement that is put off for long, and for none of the batches where none is due."""
     cost["GRU"], asked = 64.0, []
