@@ -68,6 +68,16 @@ def test_the_two_commands_of_the_readme_name_what_exists():
     assert (ROOT / re.search(r"python (examples/\S+)", commands[0]).group(1)).exists()
 
 
+def test_each_promise_of_the_readme_has_its_test():
+    promises = README.partition("## What it promises")[2].partition("\n## ")[0]
+    links = re.findall(r'\]\((\S+) "(\w+)"\)', promises)
+    for path, test in links:
+        assert f"\ndef {test}(" in (ROOT / path).read_text(encoding="utf-8"), test
+    points = promises.split("\n- **")[1:]
+    assert len(points) == 8
+    assert all("](tests/" in point for point in points)
+
+
 def test_the_pictures_of_the_readme_are_there():
     for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
         assert (ROOT / path).stat().st_size > 10_000
