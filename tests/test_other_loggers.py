@@ -4,6 +4,7 @@ import json
 import math
 import struct
 import sys
+import time
 import warnings
 
 import numpy as np
@@ -48,11 +49,15 @@ def wandb_rows(wandb, folder):
     from wandb.proto.wandb_internal_pb2 import Record
 
     wandb.finish()
-    histories = [Record.FromString(data).history for data in leveldb_records(next(folder.rglob("run-*.wandb")))]
+    records, deadline = [], time.monotonic() + 30
+    # Another process writes the file, and may not be done when `finish` returns.
+    while not any(record.HasField("exit") for record in records) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        records = [Record.FromString(data) for data in leveldb_records(next(folder.rglob("run-*.wandb")))]
     return [
-        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in history.item}
-        for history in histories
-        if history.item
+        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.history.item
     ]
 
 
