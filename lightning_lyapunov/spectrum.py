@@ -174,6 +174,7 @@ class _Walk:
             if pushed.dtype != self.dtype:
                 # A callable may stay in its own dtype: then that is the best there is.
                 self.dtype = self.best_dtype = self.wanted_dtype = pushed.dtype
+                self.eliminating = pushed.dtype == torch.float64
             if self.careful:
                 growth, lean = self._straighten(pushed)
                 break
