@@ -25,7 +25,7 @@ import lightning_lyapunov.callback
 from lightning_lyapunov import InstabilityStopping, LyapunovMonitor
 from lightning_lyapunov.sharding import whole
 
-SECONDS = 30
+SECONDS = 60
 
 worlds = pytest.mark.parametrize("num_processes", [2, 4])
 pytestmark = [
