@@ -286,7 +286,7 @@ def test_one_process_that_is_not_finite_stops_all_at_once(num_processes, tmp_pat
 
 def test_a_layer_that_one_process_alone_calls_stops_all(tmp_path):
     rule = InstabilityStopping(-50.0, monitor="lyapunov/other/max")
-    decision = decided(Sometimes([1]), rule, tmp_path, unused=True)
+    decision = decided(Sometimes([1]), rule, tmp_path, strategy=unused)
     assert decision["step"] == 2
     assert "`other`" in decision["message"]
 

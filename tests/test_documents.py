@@ -1,5 +1,6 @@
 """What the README and the examples say is true, because it is run."""
 
+import logging
 import math
 import re
 import runpy
@@ -30,7 +31,12 @@ def keys(text: str) -> set[str]:
 def run_example(name: str, monkeypatch, tmp_path, *arguments: str) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [name, *arguments])
-    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    try:
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    finally:
+        logger.setLevel(level)  # the examples quieten it
 
 
 def test_the_python_blocks_of_the_readme_run_one_after_the_other(capsys):

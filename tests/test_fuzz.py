@@ -349,7 +349,7 @@ def test_a_monitor_with_bad_options_is_refused_by_their_names(options):
         for name in ("num_sequences", "max_steps"):
             assert type(kept[name]) is int
             assert kept[name] >= 1
-        assert 0 <= kept["warmup"] < kept["max_steps"]
+        assert kept["warmup"] is None or 0 <= kept["warmup"] < kept["max_steps"]
         assert isinstance(monitor.state_key, str)
 
 

@@ -284,7 +284,9 @@ def test_a_process_with_a_smaller_batch_waits_for_nobody(shard, tmp_path):
 def test_a_process_that_is_not_finite_makes_nan_of_all(tmp_path):
     results = sharded(Sharded(each_layer, spoilt), 2, tmp_path)
     assert_all_know_the_same(results)
-    assert all(value.isnan() for value in results[0]["values"][-1].values())
+    # The layer to blame has its number.
+    values = {key: value for key, value in results[0]["values"][-1].items() if key != "lyapunov/worst_layer"}
+    assert all(value.isnan() for value in values.values())
 
 
 @pytest.mark.parametrize("what", ["layer_growth", "working_dtype"])
