@@ -173,7 +173,7 @@ def jacobians(
             identity = torch.eye(before.shape[-1]).to(before).expand(before.shape[1], -1, -1)
             matrices = torch.stack(
                 [
-                    plain.push_forward(state.unsqueeze(0), step_inputs.unsqueeze(0), identity)
+                    plain.push_forward((state.unsqueeze(0), step_inputs.unsqueeze(0)), identity)
                     for state, step_inputs in zip(before, cells[0].inputs, strict=True)
                 ]
             )

@@ -7,7 +7,8 @@ work on every device, under parametrisations and pruning, and where a fused kern
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ __all__ = ["AutodiffRecurrence", "GRURecurrence", "LSTMRecurrence", "RNNRecurren
 
 # Jacobians are formed a few steps at a time: enough to fill a vector unit, few enough to stay in the cache.
 _MAX_JACOBIAN_ELEMENTS = 2**19
+# Rows of a callable's Jacobian that are made at once, for the same reason.
+_MAX_ROWS = 64
 
 
 class Recurrence(ABC):
@@ -31,13 +34,21 @@ class Recurrence(ABC):
     def step(self, state: Tensor, inputs: Tensor) -> Tensor:
         """Return the next state, ``(batch, state_size)``, from a state and one step's input, ``(batch, input)``."""
 
-    @abstractmethod
-    def push_forward(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
-        """Return ``J_T ... J_1 frame``, the tangent vectors in the columns of ``frame`` after all steps.
+    def linearise(self, states: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return what :meth:`push_forward` reads of some steps: tensors whose first dimension is time.
 
         Args:
             states: the state *before* each step, ``(time, batch, state_size)``.
             inputs: the input of each step, ``(time, batch, input)``.
+        """
+        return states, inputs
+
+    @abstractmethod
+    def push_forward(self, linearised: Sequence[Tensor], frame: Tensor) -> Tensor:
+        """Return ``J_T ... J_1 frame``, the tangent vectors in the columns of ``frame`` after all steps.
+
+        Args:
+            linearised: what :meth:`linearise` returned for the steps, or the same stretch of time of each part of it.
             frame: tangent vectors, ``(batch, state_size, num_exponents)``. Its dtype is the one to compute in.
 
         Returns:
@@ -74,11 +85,13 @@ class AutodiffRecurrence(Recurrence):
     def step(self, state: Tensor, inputs: Tensor) -> Tensor:
         return self._step(state.clone(), inputs)  # a step may write over its state
 
-    def push_forward(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
+    def push_forward(self, linearised: Sequence[Tensor], frame: Tensor) -> Tensor:
+        states, inputs = linearised
         frame = frame.to(states.dtype)
         if self._push is None:
             self._push = self._first_that_works(states[:1], inputs[:1], frame)
-        steps = max(1, 2 * _MAX_JACOBIAN_ELEMENTS // (frame.shape[0] * self.state_size**2))
+        rows = min(self.state_size, _MAX_ROWS)
+        steps = max(1, _MAX_JACOBIAN_ELEMENTS // (frame.shape[0] * self.state_size * rows))
         for some_states, some_inputs in zip(states.split(steps), inputs.split(steps), strict=True):
             frame = self._push(some_states, some_inputs, frame)
         return frame
@@ -111,7 +124,7 @@ class AutodiffRecurrence(Recurrence):
 
         def jacobian(state: Tensor, step_inputs: Tensor) -> Tensor:
             pull_back = torch.func.vjp(lambda s: self.step(s, step_inputs), state)[1]
-            return torch.func.vmap(pull_back)(rows)[0].movedim(0, -2)
+            return torch.func.vmap(pull_back, chunk_size=_MAX_ROWS)(rows)[0].movedim(0, -2)
 
         for matrices in torch.func.vmap(jacobian)(states, inputs):
             frame = matrices @ frame
@@ -133,7 +146,7 @@ class AutodiffRecurrence(Recurrence):
 
 
 class _ClosedForm(Recurrence):
-    """A cell of PyTorch, written out: what its subclasses give is one step and the factors of its Jacobian."""
+    """A cell of PyTorch, written out: one step, and what its Jacobian is made of."""
 
     def __init__(
         self,
@@ -192,11 +205,13 @@ class RNNRecurrence(_ClosedForm):
     def _advance(self, state: Tensor, drive: Tensor) -> Tensor:
         return self._phi(drive + self._recur(state))
 
-    def push_forward(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
-        slopes = self._slope(self._drive(inputs) + self._recur(states)).to(frame.dtype)
+    def linearise(self, states: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
+        return (self._slope(self._drive(inputs) + self._recur(states)),)
+
+    def push_forward(self, linearised: Sequence[Tensor], frame: Tensor) -> Tensor:
         # All sequences share the weight: one large product is faster than one for each.
         vectors, weight = frame.mT, self.weight_hh.to(frame.dtype)
-        for slope in slopes.unsqueeze(-2):
+        for slope in linearised[0].to(frame.dtype).unsqueeze(-2):
             vectors = F.linear(vectors, weight).mul_(slope)
         return vectors.mT
 
@@ -210,29 +225,28 @@ class _GatedRecurrence(_ClosedForm):
     dense_rows: int
 
     @abstractmethod
-    def _factors(self, states: Tensor, drive: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Return what scales the rows of the weight, and the rest of the tangent map: each ``(time, batch, units)``."""
-
-    @abstractmethod
     def _form(self, dense: Tensor, weight: Tensor, *factors: Tensor) -> None:
         """Write the dense part of the Jacobians into ``dense``, ``(time, batch, dense_rows, hidden)``."""
 
     @abstractmethod
-    def _apply(self, vectors: Tensor, dense: Tensor, *factors: Tensor) -> Tensor:
-        """Return the tangent vectors in the rows of ``vectors`` after one step."""
+    def _apply(self, vectors: Tensor, buffers: Iterator[Tensor], dense: Tensor, *factors: Tensor) -> Tensor:
+        """Return the tangent vectors in the rows of ``vectors`` after all steps of ``dense``.
 
-    def push_forward(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
-        factors = self._factors(states, self._drive(inputs), frame.dtype)
+        Each next one of ``buffers``, ``(batch, num_exponents, dense_rows)``, can take the product of a step.
+        """
+
+    def push_forward(self, linearised: Sequence[Tensor], frame: Tensor) -> Tensor:
+        factors = [factor.to(frame.dtype) for factor in linearised]
         weight = self.weight_hh.to(frame.dtype)
         shape = frame.shape[0], self.dense_rows, weight.shape[1]
-        steps = min(len(states), max(1, _MAX_JACOBIAN_ELEMENTS // math.prod(shape)))
+        steps = min(len(factors[0]), max(1, _MAX_JACOBIAN_ELEMENTS // math.prod(shape)))
+        room = frame.new_empty(steps, *shape)
         # As rows, so that each vector lies side by side in memory.
-        vectors, buffer = frame.mT, frame.new_empty(steps, *shape)
+        vectors, buffers = frame.mT, cycle(frame.new_empty(2, len(frame), frame.shape[-1], self.dense_rows))
         for some_factors in zip(*(factor.split(steps) for factor in factors), strict=True):
-            dense = buffer[: len(some_factors[0])]
+            dense = room[: len(some_factors[0])]
             self._form(dense, weight, *some_factors)
-            for step_factors in zip(dense, *some_factors, strict=True):
-                vectors = self._apply(vectors, *step_factors)
+            vectors = self._apply(vectors, buffers, dense, *some_factors)
         return vectors.mT
 
 
@@ -256,30 +270,33 @@ class GRURecurrence(_GatedRecurrence):
         self.dense_rows = self.state_size
 
     def _gates(self, states: Tensor, drive: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the arguments of ``r``, ``z`` and ``n``, and ``q``."""
-        (r_x, z_x, n_x), (r_h, z_h, q) = drive.chunk(3, -1), self._recur(states).chunk(3, -1)
-        r = r_x + r_h
-        return r, z_x + z_h, torch.addcmul(n_x, r.sigmoid(), q), q
+        """Return the arguments of ``r`` and ``z`` side by side, both of them, the argument of ``n``, and ``q``."""
+        parts = 2 * self.state_size, self.state_size
+        (rz_x, n_x), (rz_h, q) = drive.split(parts, -1), self._recur(states).split(parts, -1)
+        rz = rz_x + rz_h
+        gates = rz.sigmoid()
+        return rz, gates, torch.addcmul(n_x, gates.chunk(2, -1)[0], q), q
 
     def _advance(self, state: Tensor, drive: Tensor) -> Tensor:
-        _, z, n, _ = self._gates(state, drive)
-        return torch.lerp(n.tanh(), state, z.sigmoid())
+        _, gates, n, _ = self._gates(state, drive)
+        return torch.lerp(n.tanh(), state, gates.chunk(2, -1)[1])
 
-    def _factors(self, states: Tensor, drive: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        *gates, q = self._gates(states, drive)
-        change = (states - gates[2].tanh()).to(dtype)
-        r, z, n = (gate.to(dtype) for gate in gates)
-        through_n = (-z).sigmoid() * _tanh_slope(n)
-        through_r = through_n * q.to(dtype) * _sigmoid_slope(r)
-        return through_r, change * _sigmoid_slope(z), through_n * r.sigmoid(), z.sigmoid()
+    def linearise(self, states: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
+        rz, gates, n, q = self._gates(states, self._drive(inputs))
+        shut = (-rz).sigmoid()
+        (r, z), (r_slope, z_slope) = gates.chunk(2, -1), (gates * shut).chunk(2, -1)
+        through_n = shut.chunk(2, -1)[1] * _tanh_slope(n)
+        return through_n * q * r_slope, (states - n.tanh()) * z_slope, through_n * r, z
 
     def _form(self, dense: Tensor, weight: Tensor, *factors: Tensor) -> None:
         *through, keep = factors
         _scale_rows(dense, weight, *through)
         dense.diagonal(dim1=-2, dim2=-1).add_(keep)
 
-    def _apply(self, vectors: Tensor, dense: Tensor, *factors: Tensor) -> Tensor:
-        return vectors @ dense.mT
+    def _apply(self, vectors: Tensor, buffers: Iterator[Tensor], dense: Tensor, *factors: Tensor) -> Tensor:
+        for transposed in dense.mT:
+            vectors = torch.bmm(vectors, transposed, out=next(buffers))
+        return vectors
 
 
 class LSTMRecurrence(_GatedRecurrence):
@@ -300,19 +317,23 @@ class LSTMRecurrence(_GatedRecurrence):
 
     def _gates(self, states: Tensor, drive: Tensor) -> tuple[Tensor, ...]:
         """Return the arguments of ``i``, ``f``, ``g`` and ``o``, then ``c`` and ``c'``."""
-        hidden, cell = states.split((self.output_size, self.cell_size), -1)
+        hidden, cell = self._parts(states)
         i, f, g, o = (drive + self._recur(hidden)).chunk(4, -1)
         return i, f, g, o, cell, f.sigmoid() * cell + i.sigmoid() * g.tanh()
 
+    def _parts(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, cell = states.split((self.output_size, self.cell_size), -1)
+        return hidden, cell
+
     def _project(self, u: Tensor) -> Tensor:
-        return u if self.weight_hr is None else F.linear(u, self.weight_hr)
+        return u if self.weight_hr is None else F.linear(u, self.weight_hr.to(u.dtype))
 
     def _advance(self, state: Tensor, drive: Tensor) -> Tensor:
         *_, o, _, cell = self._gates(state, drive)
         return torch.cat((self._project(o.sigmoid() * cell.tanh()), cell), -1)
 
-    def _factors(self, states: Tensor, drive: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        i, f, g, o, cell, next_cell = (gate.to(dtype) for gate in self._gates(states, drive))
+    def linearise(self, states: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
+        i, f, g, o, cell, next_cell = self._gates(states, self._drive(inputs))
         through_cell = g.tanh() * _sigmoid_slope(i), cell * _sigmoid_slope(f), i.sigmoid() * _tanh_slope(g)
         through_output = next_cell.tanh() * _sigmoid_slope(o)
         return *through_cell, through_output, f.sigmoid(), o.sigmoid() * _tanh_slope(next_cell)
@@ -324,13 +345,16 @@ class LSTMRecurrence(_GatedRecurrence):
         _scale_rows(through_hidden, weight[rows:], through_output)
         _scale_rows(to_cell, weight[:rows], *through_cell)
 
-    def _apply(self, vectors: Tensor, dense: Tensor, *factors: Tensor) -> Tensor:
-        forget, expose = (factor.unsqueeze(-2) for factor in factors[-2:])
-        hidden, cell = vectors.split((self.output_size, self.cell_size), -1)
-        u, next_cell = (pushed := hidden @ dense.mT).chunk(2, -1)
-        next_cell.addcmul_(forget, cell)
-        u.addcmul_(expose, next_cell)
-        return pushed if self.weight_hr is None else torch.cat((F.linear(u, self.weight_hr.to(u.dtype)), next_cell), -1)
+    def _apply(self, vectors: Tensor, buffers: Iterator[Tensor], dense: Tensor, *factors: Tensor) -> Tensor:
+        forgets, exposures = (factor.unsqueeze(-2) for factor in factors[-2:])
+        for transposed, forget, expose in zip(dense.mT, forgets, exposures, strict=True):
+            hidden, cell = self._parts(vectors)
+            u, next_cell = (vectors := torch.bmm(hidden, transposed, out=next(buffers))).chunk(2, -1)
+            next_cell.addcmul_(forget, cell)
+            u.addcmul_(expose, next_cell)
+            if self.weight_hr is not None:
+                vectors = torch.cat((self._project(u), next_cell), -1)
+        return vectors
 
     def output(self, states: Tensor) -> Tensor:
         return states[..., : self.output_size]

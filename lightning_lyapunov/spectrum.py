@@ -7,6 +7,7 @@ Phys. 61, 1979), as used for networks by Vogt, Puelma Touzel, Shlizerman & Lajoi
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol
 
@@ -22,7 +23,7 @@ A step that multiplies by less than this leaves nothing of a float32 number.
 """
 
 # The longest stretch between two re-orthonormalisations that "auto" tries. Beyond it the cost hardly falls further.
-_MAX_INTERVAL = 16
+_MAX_INTERVAL = 32
 # How far a tangent vector may lean towards the faster ones, as log(longest length / distance to their span), by the
 # dtype that was asked for and the one of the products: the rounding error of its growth is exp(lean) that of the
 # products' dtype. "auto" aims at the first and accepts the second.
@@ -35,6 +36,10 @@ _LEANS = {
 _CHOLESKY_LEAN = 11.0
 # Steps that float32 must be able to take at once: below, float64 is faster where it costs only twice as much.
 _WORTHWHILE_INTERVAL = {"cpu": 4}
+# Steps, and elements of a state, that are linearised at once.
+_BLOCK_STEPS, _MAX_BLOCK_ELEMENTS = 64, 2**20
+# Components of a state up to which elimination in float64 is as fast as float32.
+_SMALL_STATE = {"cpu": 64}
 # Columns that one Cholesky factorisation takes; more are split, so that most of the work is in large products.
 _PANEL = 32
 # What is left of a direction is doubted up to so many times the rounding error of the rows that it lies in.
@@ -50,7 +55,9 @@ class TangentMap(Protocol):
 
     def trajectory(self, inputs: Tensor, state: Tensor) -> Tensor: ...
 
-    def push_forward(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor: ...
+    def linearise(self, states: Tensor, inputs: Tensor) -> tuple[Tensor, ...]: ...
+
+    def push_forward(self, linearised: Sequence[Tensor], frame: Tensor) -> Tensor: ...
 
 
 class Growth(NamedTuple):
@@ -155,22 +162,31 @@ class _Walk:
         """Take the steps of ``inputs`` and return what each direction grew by, ``(batch, num_exponents)``."""
         grown = torch.zeros_like(self.fate)
         while len(inputs):
-            stretch = inputs[: self.interval]
-            states = self.tangent_map.trajectory(stretch, self.state)
-            steps, growth = self._push(torch.cat((self.state.unsqueeze(0), states[:-1])), stretch)
-            self.state = states[steps - 1]
-            self.fate = self.fate.masked_fill(~self.state.isfinite().all(-1, keepdim=True), math.nan)
-            grown += growth + self.fate
-            inputs = inputs[steps:]
-            if self.oblique and not (len(inputs) and self.eliminating):
-                grown += self._straighten(self.frame)[0] + self.fate
+            block, inputs = inputs[: (size := self._block())], inputs[size:]
+            states = self.tangent_map.trajectory(block, self.state)
+            before = torch.cat((self.state.unsqueeze(0), states[:-1]))
+            ahead = list(self.tangent_map.linearise(before, block))
+            while len(states):
+                steps, growth = self._push(ahead)
+                self.state = states[steps - 1]
+                self.fate = self.fate.masked_fill(~self.state.isfinite().all(-1, keepdim=True), math.nan)
+                grown += growth + self.fate
+                states, ahead = states[steps:], [part[steps:] for part in ahead]
+                if self.oblique and not (self.eliminating and len(states) + len(inputs)):
+                    grown += self._straighten(self.frame)[0] + self.fate
         return grown
 
-    def _push(self, states: Tensor, inputs: Tensor) -> tuple[int, Tensor]:
+    def _block(self) -> int:
+        """Return how many steps to linearise at once: as many whole stretches as are small."""
+        steps = min(_BLOCK_STEPS, _MAX_BLOCK_ELEMENTS // self.state.numel())
+        return max(1, steps // self.interval) * self.interval
+
+    def _push(self, ahead: list[Tensor]) -> tuple[int, Tensor]:
         """Take as many steps as the frame can stand; return their number and the growth of each direction."""
-        steps = len(inputs)
+        stretches = math.ceil(len(ahead[0]) / self.interval)
+        steps = math.ceil(len(ahead[0]) / stretches)
         while True:
-            pushed = self.tangent_map.push_forward(states[:steps], inputs[:steps], self.frame.to(self.dtype))
+            pushed = self.tangent_map.push_forward([part[:steps] for part in ahead], self.frame.to(self.dtype))
             if pushed.dtype != self.dtype:
                 # A callable may stay in its own dtype: then that is the best there is.
                 self.dtype = self.best_dtype = self.wanted_dtype = pushed.dtype
@@ -207,7 +223,8 @@ class _Walk:
             quick, _ = _LEANS[self.wanted_dtype, self.wanted_dtype]
             worthwhile = _WORTHWHILE_INTERVAL.get(self.frame.device.type, 1) if self.adaptive else 1
             # An oblique frame leans by itself: then only a long stretch tells what a step adds.
-            enough = lean <= quick and steps == self.longest if self.oblique else worthwhile * per_step <= quick
+            enough = lean <= quick and 2 * steps >= self.longest if self.oblique else worthwhile * per_step <= quick
+            enough &= self.tangent_map.state_size > _SMALL_STATE.get(self.frame.device.type, 0)
             self.eliminating = not enough
             self.dtype = self.wanted_dtype if enough else self.best_dtype
         room = max(int(_LEANS[self.wanted_dtype, self.dtype][0] / per_step), int(self._accepted(1) >= per_step))
@@ -231,40 +248,43 @@ def _orthonormalise(pushed: Tensor, alive: Tensor, accepted: float) -> tuple[Ten
     """
     pushed = _without_dead(pushed, alive)
     lengths = pushed.square().sum(-2).sqrt()  # `vector_norm` takes ten times as long
-    frame, stretches = _gram_schmidt(pushed, alive)
+    vectors = pushed.mT.contiguous()
+    frame, stretches = vectors.mT, _gram_schmidt(vectors, alive)
     shortest, longest = _SAFE_LENGTHS
     resolved = (lengths.where(alive, 1) >= shortest).all() & (lengths <= longest).all()
-    lean = float(_lean(lengths, stretches, alive).where(resolved, math.inf))
+    lean = float(_lean(lengths.amax(-1), stretches, alive).where(resolved, math.inf))
     return frame, stretches.log(), lean if lean <= accepted else math.inf
 
 
-def _lean(lengths: Tensor, stretches: Tensor, alive: Tensor) -> Tensor:
-    """Return the largest lean, log(length / what is left), where a length is that of the longest vector.
+def _lean(longest: Tensor, stretches: Tensor, alive: Tensor) -> Tensor:
+    """Return the largest lean, log(longest length / what is left): inf if the vectors are too short to have all digits.
 
-    A rounding error of the pushed vectors is relative to that one, because what a step enlarges it enlarges in all.
+    A rounding error of the pushed vectors is relative to the longest, because what a step enlarges it enlarges in all.
     """
-    longest = lengths.amax(-1, keepdim=True)
+    limits = torch.finfo(longest.dtype)
+    longest = longest.where(longest >= limits.tiny / limits.eps, math.inf).unsqueeze(-1)
     return (longest / stretches).log().masked_fill(~alive, 0).amax()
 
 
-def _gram_schmidt(vectors: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an orthonormal frame, and how much of each vector is left beside the ones before it: 0 if unknown.
+def _gram_schmidt(vectors: Tensor, alive: Tensor) -> Tensor:
+    """Orthonormalise the rows of ``vectors`` where they are; return how much of each is left beside the ones before it.
 
-    Half by half, so that nearly all of the work is in products; a narrow frame by Cholesky's method: with
-    ``V^T V = R^T R``, ``Q = V R^{-1}``.
+    Half by half, so that nearly all of the work is in products; a few rows by Cholesky's method: with
+    ``V V^T = L L^T``, ``Q = L^{-1} V``. What is unknown is 0.
     """
-    if (count := vectors.shape[-1]) > _PANEL:
+    if (count := vectors.shape[-2]) > _PANEL:
         halves = count // 2, count - count // 2
-        (first, second), (first_alive, second_alive) = vectors.split(halves, -1), alive.split(halves, -1)
-        first, first_left = _gram_schmidt(first, first_alive)
-        second, second_left = _gram_schmidt(second - first @ (first.mT @ second), second_alive)
-        return torch.cat((first, second), -1), torch.cat((first_left, second_left), -1)
+        (first, second), (first_alive, second_alive) = vectors.split(halves, -2), alive.split(halves, -1)
+        first_left = _gram_schmidt(first, first_alive)
+        second -= second @ first.mT @ first
+        return torch.cat((first_left, _gram_schmidt(second, second_alive)), -1)
     precise = vectors.to(_precise_dtype(vectors.device))
-    gram = precise.mT @ precise
+    gram = precise @ precise.mT
     gram.diagonal(dim1=-2, dim2=-1).masked_fill_(~alive, 1)
-    factor, failures = torch.linalg.cholesky_ex(gram, upper=True)
-    frame = torch.linalg.solve_triangular(factor.to(vectors.dtype), vectors, upper=True, left=False)
-    return frame, factor.diagonal(dim1=-2, dim2=-1).where(failures.unsqueeze(-1) == 0, 0)
+    factor, failures = torch.linalg.cholesky_ex(gram)
+    inverse = torch.linalg.solve_triangular(factor, torch.eye(count).to(factor), upper=False)
+    vectors.copy_(inverse.to(vectors.dtype) @ vectors)
+    return factor.diagonal(dim1=-2, dim2=-1).where(failures.unsqueeze(-1) == 0, 0)
 
 
 def _eliminate(pushed: Tensor, alive: Tensor, accepted: float) -> tuple[Tensor, Tensor, float]:
@@ -277,14 +297,25 @@ def _eliminate(pushed: Tensor, alive: Tensor, accepted: float) -> tuple[Tensor, 
     pushed = _without_dead(pushed, alive)
     factors, pivots, _ = torch.linalg.lu_factor_ex(pushed)
     stretches = factors.diagonal(dim1=-2, dim2=-1).abs().where(alive, 1)
-    lean = float(_lean(pushed.abs().amax(-2), stretches, alive))
+    lean = float(_lean(pushed.abs().amax((-2, -1)), stretches, alive))
     if not lean <= accepted:
         return pushed, stretches, math.inf
     # LAPACK stores columns: what is done to the vectors side by side in memory is quick.
     vectors = factors.mT.triu_(1)
     vectors.diagonal(dim1=-2, dim2=-1).copy_(alive)
-    rows = torch.lu_unpack(factors, pivots, unpack_data=False)[0].argmax(-1)
-    return vectors.gather(-1, rows.unsqueeze(-2).expand_as(vectors)).mT, stretches.log(), lean
+    rows = _rows_after_pivoting(pivots, vectors.shape[-1]).unsqueeze(-2).expand_as(vectors)
+    return torch.empty_like(vectors).scatter_(-1, rows, vectors).mT, stretches.log(), lean
+
+
+def _rows_after_pivoting(pivots: Tensor, count: int) -> Tensor:
+    """Return which of ``count`` rows each row comes from. `torch.lu_unpack` makes matrices: ten times as long."""
+    orders = []
+    for sequence in pivots.tolist():
+        order = list(range(count))
+        for here, there in enumerate(sequence):
+            order[here], order[there - 1] = order[there - 1], order[here]
+        orders.append(order)
+    return torch.tensor(orders, device=pivots.device)
 
 
 def _without_dead(pushed: Tensor, alive: Tensor) -> Tensor:
@@ -323,7 +354,7 @@ def _orthonormalise_carefully(pushed: Tensor, alive: Tensor) -> tuple[Tensor, Te
     fate = fate.masked_fill(~finite.unsqueeze(-1), math.nan)
 
     growth = stretches.where(fate == 0, 1).log()
-    return frame, growth, float(_lean(precise.norm(dim=-2), growth.exp(), fate == 0)), fate
+    return frame, growth, float(_lean(precise.norm(dim=-2).amax(-1), growth.exp(), fate == 0)), fate
 
 
 def _precise_dtype(device: torch.device) -> torch.dtype:

@@ -23,6 +23,10 @@ def assert_close(actual, expected, tolerance=1e-12):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
+def push_forward(recurrence, states, inputs, frame):
+    return recurrence.push_forward(recurrence.linearise(states, inputs), frame)
+
+
 def driven_cells(module, inputs, state=None):
     layer = as_layer(module)
     with torch.no_grad():
@@ -39,7 +43,8 @@ def test_closed_form_is_the_derivative_of_torchs_forward(cell, bias):
     state = naive.initial_state(module, 2)
     (driven,) = driven_cells(module, inputs, state)
     size = driven.recurrence.state_size
-    closed_form = driven.recurrence.push_forward(driven.state[None], inputs, torch.eye(size).double().expand(2, -1, -1))
+    identity = torch.eye(size).double().expand(2, -1, -1)
+    closed_form = push_forward(driven.recurrence, driven.state[None], inputs, identity)
     for i in range(2):
         assert_close(closed_form[i], naive.jacobians(module, inputs[:, i], naive.member(state, i))[0], 1e-14)
 
@@ -60,7 +65,8 @@ def test_pushing_through_several_steps_is_the_product_in_the_order_of_time(cell,
     (driven,) = driven_cells(module, inputs)
     states = driven.recurrence.trajectory(driven.inputs, driven.state)
     frame = randn(1, driven.recurrence.state_size, 2)
-    pushed = driven.recurrence.push_forward(torch.cat((driven.state[None], states[:-1])), driven.inputs, frame)
+    before = torch.cat((driven.state[None], states[:-1]))
+    pushed = push_forward(driven.recurrence, before, driven.inputs, frame)
     expected = frame[0]
     for matrix in naive.jacobians(module, inputs[:, 0], driven.state[0]):
         expected = matrix @ expected
@@ -103,7 +109,7 @@ def test_a_callable_is_differentiated_however_it_can_be(cube):
     mix, state, x, frame = randn(2, 2), randn(3, 2), randn(1, 3, 2), randn(3, 2, 2)
     autodiff = recurrence.AutodiffRecurrence(lambda s, x: cube(s) @ mix.T + x, 2)
     with torch.no_grad():
-        pushed = autodiff.push_forward(state[None], x, frame)
+        pushed = push_forward(autodiff, state[None], x, frame)
     assert_close(pushed, mix @ (3 * state[..., None] ** 2 * frame), 1e-14)
 
 
@@ -117,7 +123,7 @@ def test_slopes_of_saturated_gates_keep_every_digit(cell, bias):
     inputs, size = torch.zeros(1, 1, 3).double(), 1 + (cell == "lstm")
     state = torch.full((1, size), 0.3, dtype=torch.float64)
     (driven,) = driven_cells(module, inputs)
-    closed_form = driven.recurrence.push_forward(state[None], inputs, torch.eye(size).double()[None])
+    closed_form = push_forward(driven.recurrence, state[None], inputs, torch.eye(size).double()[None])
     with mp.workdps(naive.DIGITS):
         step = naive.exact_step(module)
         expected = naive.exact_jacobian(step, naive.exact(state[0]), naive.exact(inputs[0, 0])).astype(float)
