@@ -116,7 +116,7 @@ class AutodiffRecurrence(Recurrence):
 
             # Not `out_dims=-1`, which gives a wrong shape where the derivative is identically zero (pytorch #178425).
             frame = torch.func.vmap(derivative_along, in_dims=-1)(frame).movedim(0, -1)
-        return frame
+        return frame.clone()  # a step that returns its state returns the frame itself
 
     def _push_by_reverse_mode(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
         # The members of the batch are independent: a cotangent of all of them is a row of each Jacobian.
@@ -148,6 +148,9 @@ class AutodiffRecurrence(Recurrence):
 class _ClosedForm(Recurrence):
     """A cell of PyTorch, written out: one step, and what its Jacobian is made of."""
 
+    fused: Callable[..., tuple[Tensor, ...]] | None = None
+    """PyTorch's own loop over time, where it returns whole states."""
+
     def __init__(
         self,
         weight_ih: Tensor | None,
@@ -175,6 +178,12 @@ class _ClosedForm(Recurrence):
         return self._advance(state, self._drive(inputs))
 
     def trajectory(self, inputs: Tensor, state: Tensor) -> Tensor:
+        # Not cuDNN's, which warns of weights that do not lie side by side.
+        if self.fused is not None and inputs.device.type == "cpu":
+            weights = [self.weight_ih, self.weight_hh]
+            biases = [] if self.bias_ih is None else [self.bias_ih, self.bias_hh]
+            options = bool(biases), 1, 0.0, False, False, False
+            return self.fused(inputs, state.unsqueeze(0), weights + biases, *options)[0]
         states = []
         for drive in self._drive(inputs):
             state = self._advance(state, drive)
@@ -197,9 +206,9 @@ class RNNRecurrence(_ClosedForm):
 
     def __init__(self, *weights: Tensor | None, nonlinearity: str = "tanh") -> None:
         super().__init__(*weights)
-        self._phi, self._slope = {
-            "tanh": (torch.tanh, _tanh_slope),
-            "relu": (torch.relu, lambda x: (x > 0).to(x.dtype)),
+        self._phi, self._slope, self.fused = {
+            "tanh": (torch.tanh, _tanh_slope, torch.rnn_tanh),
+            "relu": (torch.relu, lambda x: (x > 0).to(x.dtype), torch.rnn_relu),
         }[nonlinearity]
 
     def _advance(self, state: Tensor, drive: Tensor) -> Tensor:
@@ -264,6 +273,8 @@ class GRURecurrence(_GatedRecurrence):
     ``J = diag(z) + diag((h - n) z (1 - z)) W_hz + diag((1 - z) n') (diag(r) W_hn + diag(q r (1 - r)) W_hr)``, where
     ``q = W_hn h + b_hn`` and ``n' = 1 - n^2``.
     """
+
+    fused = staticmethod(torch.gru)
 
     def __init__(self, *weights: Tensor | None) -> None:
         super().__init__(*weights)

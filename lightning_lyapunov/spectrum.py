@@ -282,7 +282,8 @@ def _gram_schmidt(vectors: Tensor, alive: Tensor) -> Tensor:
     gram = precise @ precise.mT
     gram.diagonal(dim1=-2, dim2=-1).masked_fill_(~alive, 1)
     factor, failures = torch.linalg.cholesky_ex(gram)
-    inverse = torch.linalg.solve_triangular(factor, torch.eye(count).to(factor), upper=False)
+    identity = torch.eye(count, dtype=factor.dtype, device=factor.device)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
     vectors.copy_(inverse.to(vectors.dtype) @ vectors)
     return factor.diagonal(dim1=-2, dim2=-1).where(failures.unsqueeze(-1) == 0, 0)
 

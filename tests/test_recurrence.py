@@ -113,6 +113,17 @@ def test_a_callable_is_differentiated_however_it_can_be(cube):
     assert_close(pushed, mix @ (3 * state[..., None] ** 2 * frame), 1e-14)
 
 
+@pytest.mark.parametrize("num_exponents", [1, 4])
+def test_what_is_pushed_is_never_the_frame_itself(num_exponents):
+    # It is orthonormalised where it is, and the frame may be pushed again.
+    frame, autodiff = randn(2, 4, num_exponents), recurrence.AutodiffRecurrence(lambda s, x: s, 4)
+    with torch.no_grad():
+        pushed = push_forward(autodiff, randn(3, 2, 4), randn(3, 2, 1), frame)
+    assert torch.equal(pushed, frame)
+    pushed.zero_()
+    assert frame.any()
+
+
 @pytest.mark.parametrize("bias", [-30.0, 30.0])
 @pytest.mark.parametrize("cell", ["rnn-tanh", "gru", "lstm"])
 def test_slopes_of_saturated_gates_keep_every_digit(cell, bias):

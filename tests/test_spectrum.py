@@ -1,6 +1,7 @@
 """Spectra that are known: by a twin, by a law, by the literature; and what must not change them."""
 
 import math
+from unittest import mock
 
 import naive
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from lightning_lyapunov import FLOOR, jacobians, kaplan_yorke_dimension, lyapunov_spectrum
+from lightning_lyapunov import spectrum as kernel
 from lightning_lyapunov.layers import as_layer
 from lightning_lyapunov.spectrum import generic_frame, log_growth
 
@@ -65,6 +67,31 @@ def assert_near_literature(spectra, expected, tolerance):
     assert (4 * error < tolerance).all(), error
     # Half a unit of the last of the digits that are printed.
     assert ((spectra.mean(0) - tensor(*expected)).abs() < 4 * error + 5e-5).all(), spectra.mean(0)
+
+
+# The parts of the kernel
+
+
+@given(st.integers(1, 9), st.data())
+def test_elimination_goes_on_with_p_times_l(rows, data):
+    vectors = randn(2, rows, data.draw(st.integers(1, rows)))
+    permutation, lower, upper = torch.linalg.lu(vectors)
+    frame, growth, lean = kernel._eliminate(vectors, torch.ones(2, vectors.shape[-1], dtype=torch.bool), math.inf)
+    assert_close(frame, permutation @ lower, 1e-15)
+    assert_close(growth, upper.diagonal(dim1=-2, dim2=-1).abs().log())
+    assert lean == pytest.approx(float((vectors.abs().amax((-2, -1))[:, None].log() - growth).amax()))
+
+
+@pytest.mark.parametrize("count", [1, 31, 33, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_orthonormal_frame_is_that_of_householders_method(count, dtype):
+    vectors, alive = randn(2, 90, count).to(dtype), torch.ones(2, count, dtype=torch.bool)
+    expected, factor = torch.linalg.qr(vectors.double())
+    signs = factor.diagonal(dim1=-2, dim2=-1).sign()
+    frame, growth, _ = kernel._orthonormalise(vectors.clone(), alive, math.inf)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-11
+    assert_close(frame.double(), expected * signs.unsqueeze(-2), tolerance)
+    assert_close(growth, factor.diagonal(dim1=-2, dim2=-1).abs().log(), tolerance)
 
 
 # Against the twin
@@ -490,8 +517,16 @@ def test_order_of_the_units_does_not_matter(cell):
     assert_close(other, spectrum, 2e-3)  # the frame is another one to these units, and is forgotten as 1 / steps
 
 
+@pytest.fixture(params=["small in float64", "all in float32"])
+def small_states(request, monkeypatch):
+    """Small layers as a CPU follows them, in float64, and as what is large or elsewhere is followed."""
+    if request.param == "all in float32":
+        monkeypatch.setattr(kernel, "_SMALL_STATE", {})
+
+
 @invertible_cells
 @intervals
+@pytest.mark.usefixtures("small_states")
 def test_single_precision_agrees_with_double(cell, qr_interval):
     module, inputs = naive.make(cell, hidden=8, num_layers=2).float(), torch.randn(60, 2, 3)
     single = lyapunov_spectrum(module, inputs, qr_interval=qr_interval, warmup=5)
@@ -570,6 +605,7 @@ def test_segments_share_the_steps_and_the_growth(segments):
     assert_close(parts.total.sum(0), whole.total[0], 1e-7)
 
 
+@pytest.mark.usefixtures("small_states")
 @pytest.mark.parametrize("gain", [0.5, 4.0])
 def test_long_warmup_in_single_precision(gain):
     module, inputs = naive.make("rnn-tanh", hidden=8, gain=gain).float(), 0.3 * torch.randn(1100, 2, 3)
@@ -609,10 +645,11 @@ def test_spectrum_is_finite_sorted_and_of_the_promised_shape(problem):
 def test_no_option_but_warmup_changes_the_numbers(problem):
     module, inputs, state, options = problem
     expected = lyapunov_spectrum(module.double(), inputs.double(), state, warmup=options["warmup"], qr_interval=1)
-    spectrum = lyapunov_spectrum(module, inputs.double(), state, **options)
-    assert_close(spectrum, expected, 1e-6)
-    single = lyapunov_spectrum(module, inputs.double(), state, dtype=torch.float32, **options)
-    assert_close(single.double(), expected, 1e-3)
+    assert_close(lyapunov_spectrum(module, inputs.double(), state, **options), expected, 1e-6)
+    for small_states in (kernel._SMALL_STATE, {}):
+        with mock.patch.object(kernel, "_SMALL_STATE", small_states):
+            single = lyapunov_spectrum(module, inputs.double(), state, dtype=torch.float32, **options)
+        assert_close(single.double(), expected, 1e-3)
 
 
 @given(problems(), st.data())
@@ -697,6 +734,7 @@ def test_direction_wiped_out_during_the_warmup_stays_dead(qr_interval):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @intervals
+@pytest.mark.usefixtures("small_states")
 def test_dead_directions_are_as_many_in_any_precision(dtype, qr_interval):
     module = naive.make("rnn-tanh", hidden=6)
     with torch.no_grad():
@@ -753,6 +791,7 @@ def test_only_the_member_that_explodes_gives_no_number(qr_interval):
 @intervals
 @pytest.mark.parametrize("exponent", [-60.0, 60.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.usefixtures("small_states")
 def test_growth_that_no_number_holds_for_two_steps(qr_interval, exponent, dtype):
     spectrum = linear_spectrum(math.exp(exponent) * ROTATION, 50, qr_interval=qr_interval, dtype=dtype)
     assert_close(spectrum.double(), tensor(exponent, exponent), 1e-5 if dtype == torch.float32 else 1e-12)
