@@ -7,7 +7,7 @@ Phys. 61, 1979), as used for networks by Vogt, Puelma Touzel, Shlizerman & Lajoi
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol
 
@@ -24,18 +24,10 @@ A step that multiplies by less than this leaves nothing of a float32 number.
 
 # The longest stretch between two re-orthonormalisations that "auto" tries. Beyond it the cost hardly falls further.
 _MAX_INTERVAL = 32
-# How far a tangent vector may lean towards the faster ones, as log(longest length / distance to their span), by the
-# dtype that was asked for and the one of the products: the rounding error of its growth is exp(lean) that of the
-# products' dtype. "auto" aims at the first and accepts the second.
-_LEANS = {
-    (torch.float32, torch.float32): (6.5, 7.5),
-    (torch.float32, torch.float64): (20.0, 24.0),
-    (torch.float64, torch.float64): (10.0, 13.0),
-}
-# What Cholesky's method resolves in float64: accepted of a first step, and of any where there is no better product.
-_CHOLESKY_LEAN = 11.0
 # Steps that float32 must be able to take at once: below, float64 is faster where it costs only twice as much.
 _WORTHWHILE_INTERVAL = {"cpu": 4}
+# Components of a state up to which elimination in float64 is as fast as float32.
+_SMALL_STATE = {"cpu": 64}
 # Steps, and elements of a state, that are linearised at once.
 _BLOCK_STEPS, _MAX_BLOCK_ELEMENTS = 64, 2**20
 # Components of a state up to which elimination in float64 is as fast as float32.
@@ -110,7 +102,7 @@ def log_growth(
         num_exponents: the number of tangent vectors carried.
         warmup: steps that move the state and the frame and are not averaged.
         qr_interval: steps between two re-orthonormalisations; ``"auto"`` keeps the vectors well apart.
-        dtype: dtype of the products with the frame, float32 or float64.
+        dtype: the least precise dtype for products with the frame, float32 or float64.
         segments: stretches of time to sum separately, for an error over time.
     """
     lengths, order = lengths.sort(descending=True, stable=True)
@@ -141,18 +133,19 @@ class _Walk:
         qr_interval: int | Literal["auto"],
         dtype: torch.dtype,
     ) -> None:
-        self.tangent_map, self.state, self.wanted_dtype = tangent_map, state, dtype
-        frame = generic_frame(tangent_map.state_size, num_exponents)
-        self.frame = frame.to(state.device, dtype).expand(len(state), -1, -1)
-        # What a direction adds to its growth from now on: 0, -inf once it is wiped out, NaN once it is not finite.
-        self.fate = self.frame.new_zeros(len(state), num_exponents, dtype=_precise_dtype(state.device))
+        self.tangent_map, self.state = tangent_map, state
         self.adaptive = qr_interval == "auto"
         self.longest = _MAX_INTERVAL if qr_interval == "auto" else qr_interval
         self.interval = 1 if self.adaptive else self.longest
-        # The dtype of the next products, at first the best: how far one step leans decides what can be afforded.
-        self.dtype = self.best_dtype = self.fate.dtype
-        # Whether the next frame comes from elimination, or needs Householder's method; and whether this one is oblique.
-        self.eliminating, self.careful, self.oblique = dtype == torch.float64, False, False
+        self.methods = _methods(dtype, state.device, tangent_map.state_size)
+        # How far one step leans decides between two methods, so that is measured first.
+        self.method = _MEASURE if len(self.methods) > 1 else self.methods[0]
+        # Whether the next frame needs Householder's method whatever the products; and whether this one is oblique.
+        self.careful, self.oblique = False, False
+        frame = generic_frame(tangent_map.state_size, num_exponents)
+        self.frame = frame.to(state.device, self.method.dtype).expand(len(state), -1, -1)
+        # What a direction adds to its growth from now on: 0, -inf once it is wiped out, NaN once it is not finite.
+        self.fate = self.frame.new_zeros(len(state), num_exponents, dtype=_precise_dtype(state.device))
 
     def keep(self, running: int) -> None:
         """Go on with the first ``running`` sequences only: the others have ended."""
@@ -172,7 +165,7 @@ class _Walk:
                 self.fate = self.fate.masked_fill(~self.state.isfinite().all(-1, keepdim=True), math.nan)
                 grown += growth + self.fate
                 states, ahead = states[steps:], [part[steps:] for part in ahead]
-                if self.oblique and not (self.eliminating and len(states) + len(inputs)):
+                if self.oblique and not (self.method.factorise is _eliminate and len(states) + len(inputs)):
                     grown += self._straighten(self.frame)[0] + self.fate
         return grown
 
@@ -186,25 +179,24 @@ class _Walk:
         stretches = math.ceil(len(ahead[0]) / self.interval)
         steps = math.ceil(len(ahead[0]) / stretches)
         while True:
-            pushed = self.tangent_map.push_forward([part[:steps] for part in ahead], self.frame.to(self.dtype))
-            if pushed.dtype != self.dtype:
+            pushed = self.tangent_map.push_forward([part[:steps] for part in ahead], self.frame.to(self.method.dtype))
+            if pushed.dtype != self.method.dtype:
                 # A callable may stay in its own dtype: then that is the best there is.
-                self.dtype = self.best_dtype = self.wanted_dtype = pushed.dtype
-                self.eliminating = pushed.dtype == torch.float64
+                self.methods = (_ALONE if pushed.dtype == torch.float32 else _EXACT,)
+                self.method = self.methods[0]
             if self.careful:
                 growth, lean = self._straighten(pushed)
                 break
-            factorise = _eliminate if self.eliminating else _orthonormalise
-            frame, growth, lean = factorise(pushed, self.fate == 0, self._accepted(steps))
+            frame, growth, lean = self.method.factorise(pushed, self.fate == 0, self.method.accepted(steps))
             if lean < math.inf:
-                self.frame, self.oblique = frame, self.eliminating
+                self.frame, self.oblique = frame, self.method.factorise is _eliminate
                 break
             # Not resolved: again in half as many steps, at last in one in float64, at the very last with care.
             if steps > 1:
                 steps //= 2
                 self.interval = steps
-            elif self.best_dtype == torch.float64 and not self.eliminating:
-                self.dtype, self.eliminating = self.best_dtype, True
+            elif self.method is not self.methods[-1]:
+                self.method = self.methods[-1]
             else:
                 self.careful = True
         self._plan(steps, lean)
@@ -219,25 +211,18 @@ class _Walk:
     def _plan(self, steps: int, lean: float) -> None:
         """Choose method and interval of the next products from how far the frame leant in these."""
         per_step = max(lean / steps, 1e-3)
-        if self.wanted_dtype != self.best_dtype:
-            quick, _ = _LEANS[self.wanted_dtype, self.wanted_dtype]
+        quick, *others = self.methods
+        if others:
             worthwhile = _WORTHWHILE_INTERVAL.get(self.frame.device.type, 1) if self.adaptive else 1
-            # An oblique frame leans by itself: then only a long stretch tells what a step adds.
-            enough = lean <= quick and 2 * steps >= self.longest if self.oblique else worthwhile * per_step <= quick
-            enough &= self.tangent_map.state_size > _SMALL_STATE.get(self.frame.device.type, 0)
-            self.eliminating = not enough
-            self.dtype = self.wanted_dtype if enough else self.best_dtype
-        room = max(int(_LEANS[self.wanted_dtype, self.dtype][0] / per_step), int(self._accepted(1) >= per_step))
+            if self.oblique:  # it leans by itself: only a long stretch tells what a step adds
+                enough = 2 * steps >= self.longest and lean <= quick.aim
+            else:
+                enough = worthwhile * per_step <= quick.aim
+            self.method = quick if enough else others[0]
+        room = max(int(self.method.aim / per_step), int(self.method.accepted(1) >= per_step))
         self.careful = room == 0
         longest = min(room, self.longest) if self.adaptive else self.longest
         self.interval = 1 if self.careful else max(1, min(2 * self.interval, longest))
-
-    def _accepted(self, steps: int) -> float:
-        """Return the lean to accept from so many steps."""
-        last_resort = steps == 1 and self.best_dtype == torch.float32
-        if last_resort or (self.dtype != self.wanted_dtype and not self.eliminating):
-            return _CHOLESKY_LEAN
-        return _LEANS[self.wanted_dtype, self.dtype][1]
 
 
 def _orthonormalise(pushed: Tensor, alive: Tensor, accepted: float) -> tuple[Tensor, Tensor, float]:
@@ -361,3 +346,42 @@ def _orthonormalise_carefully(pushed: Tensor, alive: Tensor) -> tuple[Tensor, Te
 def _precise_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype for factorisations and sums: float64, or float32 on a device that has no other."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+class _Method(NamedTuple):
+    """A way to take a frame over a stretch: the dtype of the products, and how the next frame is made of them.
+
+    How far a tangent vector leans towards the faster ones is log(longest length / distance to their span); the rounding
+    error of its growth is exp(lean) times that of the products.
+
+    Attributes:
+        aim: the lean that "auto" aims at.
+        most: the most that is accepted of several steps; and of one.
+    """
+
+    dtype: torch.dtype
+    factorise: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, float]]
+    aim: float
+    most: tuple[float, float]
+
+    def accepted(self, steps: int) -> float:
+        """Return the lean to accept from so many steps."""
+        return self.most[steps == 1]
+
+
+_QUICK = _Method(torch.float32, _orthonormalise, 6.5, (7.5, 7.5))
+_THOROUGH = _Method(torch.float64, _eliminate, 20.0, (24.0, 24.0))
+# Where float64 is asked for, to more digits.
+_EXACT = _Method(torch.float64, _eliminate, 10.0, (13.0, 13.0))
+# Where there is no better product, and for the first step: what Cholesky's method resolves in float64.
+_ALONE = _Method(torch.float32, _orthonormalise, 6.5, (7.5, 11.0))
+_MEASURE = _Method(torch.float64, _orthonormalise, 10.0, (11.0, 11.0))
+
+
+def _methods(dtype: torch.dtype, device: torch.device, state_size: int) -> tuple[_Method, ...]:
+    """Return what to try, in this order, for the dtype that is asked for."""
+    if _precise_dtype(device) == torch.float32:
+        return (_ALONE,)
+    if dtype == torch.float64:
+        return (_EXACT,)
+    return (_THOROUGH,) if state_size <= _SMALL_STATE.get(device.type, 0) else (_QUICK, _THOROUGH)

@@ -160,10 +160,13 @@ def test_slope_of_the_sigmoid_keeps_every_digit(x):
 
 @cells
 @biases
-def test_step_and_trajectory_are_torchs_forward(cell, bias):
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "written out"])
+def test_step_and_trajectory_are_torchs_forward(cell, bias, fused):
     module, inputs = naive.make(cell, bias=bias), randn(6, 2, 3)
     state = naive.initial_state(module, 2)
     (driven,) = driven_cells(module, inputs, state)
+    if not fused:
+        driven.recurrence.fused = None  # as on other devices
     trajectory = driven.recurrence.trajectory(driven.inputs, driven.state)
     after = driven.state
     for t in range(6):

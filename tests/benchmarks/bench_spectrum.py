@@ -155,7 +155,7 @@ def dtype_of_most_products(run: Callable[[], object]) -> torch.dtype:
     plan = spectrum._Walk._plan
 
     def noted(walk: spectrum._Walk, steps: int, lean: float) -> None:
-        counts[walk.dtype] += steps
+        counts[walk.method.dtype] += steps
         plan(walk, steps, lean)
 
     with mock.patch.object(spectrum._Walk, "_plan", noted):
