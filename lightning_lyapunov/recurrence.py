@@ -193,12 +193,12 @@ class _ClosedForm(Recurrence):
 
 def _sigmoid_slope(x: Tensor) -> Tensor:
     """Return ``sigmoid'(x)`` to full relative accuracy, also where the gate is saturated."""
-    return x.sigmoid() * (-x).sigmoid()
+    return x.sigmoid().mul_((-x).sigmoid_())
 
 
 def _tanh_slope(x: Tensor) -> Tensor:
     """Return ``tanh'(x) = sech^2(x)``; ``1 - tanh(x)^2`` would lose every digit of it from ``|x| = 19`` on."""
-    return 4 * _sigmoid_slope(2 * x)
+    return _sigmoid_slope(2 * x).mul_(4)
 
 
 class RNNRecurrence(_ClosedForm):
@@ -232,6 +232,7 @@ class _GatedRecurrence(_ClosedForm):
     """
 
     dense_rows: int
+    _room: Tensor | None = None
 
     @abstractmethod
     def _form(self, dense: Tensor, weight: Tensor, *factors: Tensor) -> None:
@@ -249,7 +250,7 @@ class _GatedRecurrence(_ClosedForm):
         weight = self.weight_hh.to(frame.dtype)
         shape = frame.shape[0], self.dense_rows, weight.shape[1]
         steps = min(len(factors[0]), max(1, _MAX_JACOBIAN_ELEMENTS // math.prod(shape)))
-        room = frame.new_empty(steps, *shape)
+        room = self._memory(steps, *shape, like=frame)
         # As rows, so that each vector lies side by side in memory.
         vectors, buffers = frame.mT, cycle(frame.new_empty(2, len(frame), frame.shape[-1], self.dense_rows))
         for some_factors in zip(*(factor.split(steps) for factor in factors), strict=True):
@@ -257,6 +258,13 @@ class _GatedRecurrence(_ClosedForm):
             self._form(dense, weight, *some_factors)
             vectors = self._apply(vectors, buffers, dense, *some_factors)
         return vectors.mT
+
+    def _memory(self, *shape: int, like: Tensor) -> Tensor:
+        """Return memory for Jacobians: what was used last, because to touch a page first takes longer than to fill it."""
+        size = math.prod(shape)
+        if self._room is None or self._room.dtype != like.dtype or len(self._room) < size:
+            self._room = like.new_empty(size)
+        return self._room[:size].view(shape)
 
 
 def _scale_rows(out: Tensor, weight: Tensor, *factors: Tensor) -> None:
@@ -294,10 +302,10 @@ class GRURecurrence(_GatedRecurrence):
 
     def linearise(self, states: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
         rz, gates, n, q = self._gates(states, self._drive(inputs))
-        shut = (-rz).sigmoid()
+        shut = (-rz).sigmoid_()
         (r, z), (r_slope, z_slope) = gates.chunk(2, -1), (gates * shut).chunk(2, -1)
-        through_n = shut.chunk(2, -1)[1] * _tanh_slope(n)
-        return through_n * q * r_slope, (states - n.tanh()) * z_slope, through_n * r, z
+        through_n = _tanh_slope(n).mul_(shut.chunk(2, -1)[1])
+        return (through_n * q).mul_(r_slope), (states - n.tanh_()).mul_(z_slope), through_n.mul_(r), z
 
     def _form(self, dense: Tensor, weight: Tensor, *factors: Tensor) -> None:
         *through, keep = factors
