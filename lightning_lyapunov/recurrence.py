@@ -260,7 +260,7 @@ class _GatedRecurrence(_ClosedForm):
         return vectors.mT
 
     def _memory(self, *shape: int, like: Tensor) -> Tensor:
-        """Return memory for Jacobians: what was used last, because to touch a page first takes longer than to fill it."""
+        """Return memory for Jacobians: what was used last, because the first touch of a page takes the longest."""
         size = math.prod(shape)
         if self._room is None or self._room.dtype != like.dtype or len(self._room) < size:
             self._room = like.new_empty(size)
