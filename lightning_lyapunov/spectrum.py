@@ -231,7 +231,8 @@ def _orthonormalise(pushed: Tensor, alive: Tensor, accepted: float) -> tuple[Ten
     The growth telescopes exactly whether or not the frame is orthonormal to the last bit, so one pass is enough. Dead
     directions are carried as zeros.
     """
-    pushed = _without_dead(pushed, alive)
+    if not alive.all():
+        pushed = pushed.masked_fill(~alive.unsqueeze(-2), 0)
     vectors = pushed.mT.contiguous()
     lengths = torch.linalg.vecdot(vectors, vectors).sqrt()  # `vector_norm` takes ten times as long
     frame, stretches = vectors.mT, _gram_schmidt(vectors, alive)
@@ -280,7 +281,7 @@ def _eliminate(pushed: Tensor, alive: Tensor, accepted: float) -> tuple[Tensor, 
     oblique it is in the end. It takes a quarter of the time of Householder's method. The rounding error of a column is
     that of its own size in both, but multiplied by the condition of ``L``: too much in float32.
     """
-    pushed = _without_dead(pushed, alive)
+    pushed, alive, back = _living_first(pushed, alive)
     factors, pivots, _ = torch.linalg.lu_factor_ex(pushed)
     stretches = factors.diagonal(dim1=-2, dim2=-1).abs().where(alive, 1)
     lean = float(_lean(pushed.abs().amax((-2, -1)), stretches, alive))
@@ -290,7 +291,8 @@ def _eliminate(pushed: Tensor, alive: Tensor, accepted: float) -> tuple[Tensor, 
     vectors = factors.mT.triu_(1)
     vectors.diagonal(dim1=-2, dim2=-1).copy_(alive)
     rows = _rows_after_pivoting(pivots, vectors.shape[-1]).unsqueeze(-2).expand_as(vectors)
-    return torch.empty_like(vectors).scatter_(-1, rows, vectors).mT, stretches.log(), lean
+    frame = torch.empty_like(vectors).scatter_(-1, rows, vectors).mT
+    return _select(frame, back), stretches.gather(-1, back).log(), lean
 
 
 def _rows_after_pivoting(pivots: Tensor, count: int) -> Tensor:
@@ -304,21 +306,55 @@ def _rows_after_pivoting(pivots: Tensor, count: int) -> Tensor:
     return torch.tensor(orders, device=pivots.device)
 
 
-def _without_dead(pushed: Tensor, alive: Tensor) -> Tensor:
-    return pushed if alive.all() else pushed.masked_fill(~alive.unsqueeze(-2), 0)
+def _living_first(pushed: Tensor, alive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the vectors with the dead behind the others, as zeros; which of them live; and how to order them back.
+
+    In front, a dead vector would take a row from those behind it, which may have nothing else.
+    """
+    order = (~alive).byte().argsort(dim=-1, stable=True)
+    if alive.all():
+        return pushed, alive, order
+    pushed = pushed.masked_fill(~alive.unsqueeze(-2), 0)
+    return _select(pushed, order), alive.gather(-1, order), order.argsort(-1)
+
+
+def _select(vectors: Tensor, columns: Tensor) -> Tensor:
+    return vectors.gather(-1, columns.unsqueeze(-2).expand_as(vectors))
 
 
 def _orthonormalise_carefully(pushed: Tensor, alive: Tensor) -> tuple[Tensor, Tensor, float, Tensor]:
     """Return frame, growth and lean by Householder's method, and the fate of each direction.
+
+    A direction that dies in front of one that lives is taken out, and the others are decomposed again without it.
+    """
+    finite = pushed.isfinite().all(-1).all(-1)
+    living = alive & finite.unsqueeze(-1)
+    while True:
+        vectors, lives, back = _living_first(pushed, living)
+        frame, stretches, dead = _decompose(vectors)
+        dead &= lives
+        # The first that is dead, if one behind it is not: what was left of those behind it may be too little.
+        before = dead.cumsum(-1)
+        first = dead & (before == 1) & (lives & ~dead & (before > 0)).any(-1, keepdim=True)
+        if not first.any():
+            break
+        living = living & ~first.gather(-1, back)
+    living = living & ~dead.gather(-1, back)
+    stretches = stretches.gather(-1, back).where(living, 1)
+    fate = torch.zeros_like(stretches).masked_fill(~living, -math.inf).masked_fill(~finite.unsqueeze(-1), math.nan)
+    lean = float(_lean(vectors.to(stretches.dtype).norm(dim=-2).amax(-1), stretches, living))
+    return _select(frame, back), stretches.log(), lean, fate
+
+
+def _decompose(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return an orthonormal frame, how much of each vector is left beside the ones before it, and which are dead.
 
     The rows are sorted by their size first: the error in a row is then that of its own size (Cox & Higham, Stability of
     Householder QR for weighted least squares problems, 1998), so directions that one step shrinks to e^-40 of the
     others are still resolved, and units that are exactly dead give exact zeros. What is left of a direction is dead if
     the rounding error of the rows it can lie in explains it.
     """
-    finite = pushed.isfinite().all(-1).all(-1)
-    pushed = pushed.masked_fill(~(alive & finite.unsqueeze(-1)).unsqueeze(-2), 0)
-    precise = pushed.to(_precise_dtype(pushed.device))
+    precise = vectors.to(_precise_dtype(vectors.device))
     sizes, order = precise.norm(dim=-1).sort(dim=-1, descending=True)
     order = order.unsqueeze(-1).expand_as(precise)
     sorted_frame, factor = torch.linalg.qr(precise.gather(-2, order))
@@ -326,9 +362,9 @@ def _orthonormalise_carefully(pushed: Tensor, alive: Tensor) -> tuple[Tensor, Te
 
     stretches = factor.diagonal(dim1=-2, dim2=-1).abs()
     tails = sizes.square().flip(-1).cumsum(-1).flip(-1).sqrt()[..., : stretches.shape[-1]]
-    rounding = pushed.shape[-2] * torch.finfo(pushed.dtype).eps
+    rounding = vectors.shape[-2] * torch.finfo(vectors.dtype).eps
     dead = stretches <= rounding * tails
-    if (stretches <= _DOUBT[pushed.dtype] * rounding * tails).any():
+    if (stretches <= _DOUBT[vectors.dtype] * rounding * tails).any():
         # Ill-conditioned vectors before a dead one add to its rounding error. Then the rank decides, with each row in
         # its own scale: so many directions live, those with the most left of them.
         scaled = precise.gather(-2, order) / sizes.where(sizes > 0, 1).unsqueeze(-1)
@@ -336,11 +372,7 @@ def _orthonormalise_carefully(pushed: Tensor, alive: Tensor) -> tuple[Tensor, Te
         rank = (values > rounding * values[..., :1]).sum(-1, keepdim=True)
         left = stretches / tails.clamp(min=torch.finfo(tails.dtype).tiny)
         dead |= left.argsort(-1, descending=True).argsort(-1) >= rank
-    fate = torch.zeros_like(stretches).masked_fill(dead, -math.inf)
-    fate = fate.masked_fill(~finite.unsqueeze(-1), math.nan)
-
-    growth = stretches.where(fate == 0, 1).log()
-    return frame, growth, float(_lean(precise.norm(dim=-2).amax(-1), growth.exp(), fate == 0)), fate
+    return frame, stretches, dead
 
 
 def _precise_dtype(device: torch.device) -> torch.dtype:

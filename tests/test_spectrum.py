@@ -742,6 +742,39 @@ def test_dead_directions_are_as_many_in_any_precision(dtype, qr_interval):
     assert_floor(lyapunov_spectrum(module, randn(23, 2, 3), qr_interval=qr_interval, dtype=dtype), 2)
 
 
+@intervals
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_direction_that_dies_in_front_of_others_takes_none_with_it(qr_interval, dtype):
+    # The fastest unit listens to nobody and is switched off for one step; the others turn and shrink.
+    module, inputs = nn.RNN(1, 4, nonlinearity="relu").double(), torch.ones(300, 1, 1).double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+        module.weight_hh_l0[:3, :3] = torch.linalg.qr(randn(3, 3)).Q * 0.2
+        module.weight_hh_l0[3, 3] = 0.95
+        module.weight_ih_l0[3] = 1
+        module.bias_hh_l0[:3] = 5
+    inputs[200] = -100
+    spectrum = lyapunov_spectrum(module, inputs, qr_interval=qr_interval, dtype=dtype, warmup=20)
+    assert_close(spectrum[0, :3].double(), full((3,), math.log(0.2)), 0.02)
+    assert spectrum[0, 3] == FLOOR
+
+
+@pytest.mark.parametrize("dead", [0, 1, 2, 3])
+def test_a_dead_vector_takes_nothing_from_those_behind_it(dead):
+    vectors, alive = randn(2, 5, 4), torch.ones(2, 4, dtype=torch.bool)
+    vectors[0, :, dead], alive[0, dead] = 0, False
+    living = [j for j in range(4) if j != dead]
+    expected = torch.linalg.qr(vectors[0][:, living]).R.diagonal().abs().log()
+    frame, growth, _ = kernel._eliminate(vectors, alive, math.inf)
+    assert_close(growth[0, living] + torch.linalg.qr(frame[0][:, living]).R.diagonal().abs().log(), expected)
+    for known in (alive, torch.ones_like(alive)):
+        _, growth, _, fate = kernel._orthonormalise_carefully(vectors, known)
+        assert_close(growth[0, living], expected)
+        assert fate[0].isinf().tolist() == [j == dead for j in range(4)]
+        assert (fate[1] == 0).all()
+
+
 def test_living_directions_do_not_feel_the_dead():
     module, inputs = naive.make("rnn-tanh", hidden=6), randn(23, 1, 3)
     with torch.no_grad():
