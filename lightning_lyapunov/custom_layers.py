@@ -55,7 +55,7 @@ class CallableLayer(RecurrentLayer):
     def drive(self, sequences: Sequences) -> Iterator[Driven]:
         state = sequences.states[0]
         try:
-            returned = self._step(state.clone(), sequences.inputs[0])
+            returned = self._step(state.clone(), sequences.inputs[0].clone())
         except (RuntimeError, IndexError, TypeError) as error:
             raise ValueError(
                 f"`dynamics` fails on a state {tuple(state.shape)} and an input "
@@ -66,6 +66,7 @@ class CallableLayer(RecurrentLayer):
             if isinstance(returned, Tensor):
                 what = str(tuple(returned.shape)) + ("" if returned.is_floating_point() else f" of {returned.dtype}")
             raise ValueError(f"`dynamics` must return a state of shape {tuple(state.shape)}, but it returned {what}.")
+        _check_precision(returned)
         yield Driven("", AutodiffRecurrence(self._step, state.shape[1]), sequences.inputs, state)
 
 
@@ -154,13 +155,14 @@ class CustomLayer(RecurrentLayer):
             if dtype is not None:
                 inputs, state = inputs.to(dtype) if inputs.is_floating_point() else inputs, state.to(dtype)
             try:
-                after = step(state.clone(), inputs[0])
+                after = step(state.clone(), inputs[0].clone())
             except Exception as error:
                 # Tensors that are no parameters or buffers keep their dtype: then the module's own is the one to use.
                 errors.append(error)
                 continue
             if after.shape != state.shape:
                 raise ValueError(f"The state of {type(self.module).__name__} changes its size: {tuple(after.shape)}.")
+            _check_precision(after)
             yield Driven("", AutodiffRecurrence(step, state.shape[1]), inputs, state)
             return
         raise ValueError(
@@ -178,6 +180,14 @@ class CustomLayer(RecurrentLayer):
             return layout.flatten(layout.find(self._step(module, inputs, before)))
 
         return step
+
+
+def _check_precision(state: Tensor) -> None:
+    if state.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"`dynamics` must return a state in float32 or float64, but it returned {state.dtype}. Let it return "
+            "`after.to(state.dtype)`."
+        )
 
 
 def _call(module: nn.Module, inputs: Any, state: Any) -> Any:

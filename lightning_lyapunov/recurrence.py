@@ -83,7 +83,7 @@ class AutodiffRecurrence(Recurrence):
         self._push: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     def step(self, state: Tensor, inputs: Tensor) -> Tensor:
-        return self._step(state.clone(), inputs)  # a step may write over its state
+        return self._step(state.clone(), inputs.clone())  # a step may write over both
 
     def push_forward(self, linearised: Sequence[Tensor], frame: Tensor) -> Tensor:
         states, inputs = linearised

@@ -574,6 +574,18 @@ def test_a_cell_has_the_jacobians_of_its_plain_twin(cell_class):
     assert_close(matrices, jacobians(twin, inputs, state), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_exponents", [1, None])
+def test_a_step_may_write_over_its_input(num_exponents):
+    def step(state, inputs):
+        return torch.tanh(1.5 * state + inputs.mul_(2))
+
+    inputs, state = torch.randn(30, 2, 3), torch.randn(2, 3)
+    before = inputs.clone()
+    expected = lyapunov_spectrum(lambda s, x: torch.tanh(1.5 * s + 2 * x), inputs, state, num_exponents=num_exponents)
+    assert torch.equal(lyapunov_spectrum(step, inputs, state, num_exponents=num_exponents), expected)
+    assert torch.equal(inputs, before)
+
+
 def test_a_step_may_write_over_its_state():
     def logistic(s, _):
         s.mul_(1 - s).mul_(3.9)

@@ -57,6 +57,13 @@ def test_callable_that_returns_no_state(function, returned):
 
 
 @functions
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_callable_that_returns_too_few_digits(function, dtype):
+    with refused(ValueError, "`dynamics` must return a state in float32 or float64", str(dtype), ".to(state.dtype)"):
+        function(lambda s, x: s.to(dtype), INPUTS, torch.zeros(2, 4))
+
+
+@functions
 def test_callable_that_fails(function):
     with refused(ValueError, "`dynamics` fails", "(2, 4)", "(2, 3)", "torch.float32", "(2x4 and 5x5)"):
         function(lambda s, x: s @ torch.zeros(5, 5), INPUTS, torch.zeros(2, 4))
