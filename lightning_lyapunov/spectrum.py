@@ -292,7 +292,7 @@ def _eliminate(pushed: Tensor, alive: Tensor, accepted: float) -> tuple[Tensor, 
     vectors.diagonal(dim1=-2, dim2=-1).copy_(alive)
     rows = _rows_after_pivoting(pivots, vectors.shape[-1]).unsqueeze(-2).expand_as(vectors)
     frame = torch.empty_like(vectors).scatter_(-1, rows, vectors).mT
-    return _select(frame, back), stretches.gather(-1, back).log(), lean
+    return _columns(frame, back), _columns(stretches, back).log(), lean
 
 
 def _rows_after_pivoting(pivots: Tensor, count: int) -> Tensor:
@@ -306,20 +306,22 @@ def _rows_after_pivoting(pivots: Tensor, count: int) -> Tensor:
     return torch.tensor(orders, device=pivots.device)
 
 
-def _living_first(pushed: Tensor, alive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the vectors with the dead behind the others, as zeros; which of them live; and how to order them back.
+def _living_first(pushed: Tensor, alive: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the vectors with the dead behind the others, as zeros; which of them live; and the columns to undo it by.
 
     In front, a dead vector would take a row from those behind it, which may have nothing else.
     """
-    order = (~alive).byte().argsort(dim=-1, stable=True)
     if alive.all():
-        return pushed, alive, order
-    pushed = pushed.masked_fill(~alive.unsqueeze(-2), 0)
-    return _select(pushed, order), alive.gather(-1, order), order.argsort(-1)
+        return pushed, alive, None
+    order = (~alive).byte().argsort(dim=-1, stable=True)
+    return _columns(pushed.masked_fill(~alive.unsqueeze(-2), 0), order), _columns(alive, order), order.argsort(-1)
 
 
-def _select(vectors: Tensor, columns: Tensor) -> Tensor:
-    return vectors.gather(-1, columns.unsqueeze(-2).expand_as(vectors))
+def _columns(values: Tensor, order: Tensor | None) -> Tensor:
+    """Return the last dimension of 2 or 3 in an order for each member of the batch; None: as it is."""
+    if order is None:
+        return values
+    return values.gather(-1, order if values.ndim == 2 else order.unsqueeze(-2).expand_as(values))
 
 
 def _orthonormalise_carefully(pushed: Tensor, alive: Tensor) -> tuple[Tensor, Tensor, float, Tensor]:
@@ -338,12 +340,12 @@ def _orthonormalise_carefully(pushed: Tensor, alive: Tensor) -> tuple[Tensor, Te
         first = dead & (before == 1) & (lives & ~dead & (before > 0)).any(-1, keepdim=True)
         if not first.any():
             break
-        living = living & ~first.gather(-1, back)
-    living = living & ~dead.gather(-1, back)
-    stretches = stretches.gather(-1, back).where(living, 1)
+        living = living & ~_columns(first, back)
+    living = living & ~_columns(dead, back)
+    stretches = _columns(stretches, back).where(living, 1)
     fate = torch.zeros_like(stretches).masked_fill(~living, -math.inf).masked_fill(~finite.unsqueeze(-1), math.nan)
     lean = float(_lean(vectors.to(stretches.dtype).norm(dim=-2).amax(-1), stretches, living))
-    return _select(frame, back), stretches.log(), lean, fate
+    return _columns(frame, back), stretches.log(), lean, fate
 
 
 def _decompose(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
