@@ -133,9 +133,9 @@ class AutodiffRecurrence(Recurrence):
     def _push_by_backward_passes(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
         for state, step_inputs in zip(states, inputs, strict=True):
             with torch.inference_mode(False), torch.enable_grad():
-                # Copies, because tensors made in inference mode cannot be saved for a backward pass.
+                # A copy, as `step` makes of the inputs: what was made in inference mode is not saved for a backward pass.
                 before = state.clone().requires_grad_()
-                after = self.step(before, step_inputs.clone())
+                after = self.step(before, step_inputs)
                 # As above: the gradient of a sum over the members holds a row for each.
                 rows = [
                     torch.autograd.grad(component.sum(), before, retain_graph=True, materialize_grads=True)[0]

@@ -30,8 +30,6 @@ _WORTHWHILE_INTERVAL = {"cpu": 4}
 _SMALL_STATE = {"cpu": 64}
 # Steps, and elements of a state, that are linearised at once.
 _BLOCK_STEPS, _MAX_BLOCK_ELEMENTS = 64, 2**20
-# Components of a state up to which elimination in float64 is as fast as float32.
-_SMALL_STATE = {"cpu": 64}
 # Columns that one Cholesky factorisation takes; more are split, so that most of the work is in large products.
 _PANEL = 32
 # What is left of a direction is doubted up to so many times the rounding error of the rows that it lies in.
