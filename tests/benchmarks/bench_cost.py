@@ -6,12 +6,10 @@ The layer is a GRU. The floor is the batched products with the frame alone, in f
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from bench_spectrum import floor, medians
 from torch import nn
 
 from lightning_lyapunov import lyapunov_spectrum
@@ -21,28 +19,16 @@ STEPS = (25, 50, 100, 200, 400, 800)
 SEQUENCES = (1, 2, 4, 8, 16, 32, 64)
 
 
-def median_seconds(function: Callable[[], object], repeats: int, device: str) -> float:
-    """Return the median of so many runs after one to warm up; for 0 repeats that one."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:] or times)
-
-
 def cost(units: int, steps: int, batch: int, num_exponents: int, repeats: int, device: str) -> tuple[float, float]:
     """Return the seconds of the package and of the floor."""
     torch.manual_seed(0)
     module, inputs = nn.GRU(32, units).to(device), torch.randn(steps, batch, 32, device=device)
-    jacobian = torch.randn(batch, units, units, device=device)
-    frame = torch.randn(batch, units, num_exponents, device=device)
-    return (
-        median_seconds(lambda: lyapunov_spectrum(module, inputs, num_exponents=num_exponents), repeats, device),
-        median_seconds(lambda: [jacobian @ frame for _ in range(steps)], repeats, device),
-    )
+    functions = {
+        "package": lambda: lyapunov_spectrum(module, inputs, num_exponents=num_exponents),
+        "floor": floor(units, units, batch, steps, num_exponents, {"device": device}),
+    }
+    times = medians(functions, repeats, device)
+    return times["package"], times["floor"]
 
 
 def main() -> None:

@@ -33,9 +33,9 @@ def seconds(function: Callable[[], object], device: str) -> float:
 
 
 def medians(functions: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
-    """Time functions in turn, after a run of each to warm up."""
+    """Time functions in turn, after a run of each to warm up; without repeats that one."""
     rounds = [{name: seconds(run, device) for name, run in functions.items()} for _ in range(repeats + 1)]
-    return {name: statistics.median(times[name] for times in rounds[1:]) for name in functions}
+    return {name: statistics.median(times[name] for times in rounds[1:] or rounds) for name in functions}
 
 
 def floor(units: int, rows: int, batch: int, steps: int, num_exponents: int, options: dict[str, object]) -> Callable:
