@@ -133,7 +133,7 @@ class AutodiffRecurrence(Recurrence):
     def _push_by_backward_passes(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
         for state, step_inputs in zip(states, inputs, strict=True):
             with torch.inference_mode(False), torch.enable_grad():
-                # A copy, as `step` makes of the inputs: what was made in inference mode is not saved for a backward pass.
+                # A copy, as `step` makes of the inputs: tensors of inference mode are not saved for a backward pass.
                 before = state.clone().requires_grad_()
                 after = self.step(before, step_inputs)
                 # As above: the gradient of a sum over the members holds a row for each.
