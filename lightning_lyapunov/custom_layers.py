@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from inspect import signature
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -260,8 +261,9 @@ class _StateLayout:
         return torch.cat([leaf.flatten(1) if leaf.ndim > 1 else leaf.unsqueeze(1) for leaf in leaves], 1)
 
     def unflatten(self, flat: Tensor) -> Any:
-        leaves = []
-        for part, (shape, is_complex) in zip(flat.split(self.sizes, 1), self.shapes, strict=True):
+        leaves, ends = [], accumulate(self.sizes)
+        for end, size, (shape, is_complex) in zip(ends, self.sizes, self.shapes, strict=True):
+            part = flat[:, end - size : end]  # not of `split`, whose views a step must not write over
             if is_complex:
                 leaves.append(torch.view_as_complex(part.reshape(len(flat), *shape, 2)))
             else:

@@ -74,7 +74,7 @@ def test_pushing_through_several_steps_is_the_product_in_the_order_of_time(cell,
 
 
 class Cube(torch.autograd.Function):
-    """A function without a forward derivative and without a batching rule."""
+    """A function without a batching rule."""
 
     @staticmethod
     def forward(ctx, x):
@@ -86,8 +86,25 @@ class Cube(torch.autograd.Function):
         return 3 * ctx.saved_tensors[0] ** 2 * gradient
 
 
+class CubeOnce(Cube):
+    """A function without a batching rule and without a second derivative."""
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return Cube.backward(ctx, gradient)
+
+
+class DetachingCube(Cube):
+    """A function whose second derivative is wrong, and nobody says so."""
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return Cube.backward(ctx, gradient.detach())
+
+
 class VmappedCube(torch.autograd.Function):
-    """A function without a forward derivative."""
+    """A function without a second derivative."""
 
     generate_vmap_rule = True
 
@@ -100,22 +117,84 @@ class VmappedCube(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         return 3 * ctx.saved_tensors[0] ** 2 * gradient
 
 
-@pytest.mark.parametrize("cube", [lambda s: s**3, VmappedCube.apply, Cube.apply], ids=["forward", "reverse", "passes"])
-def test_a_callable_is_differentiated_however_it_can_be(cube):
-    mix, state, x, frame = randn(2, 2), randn(3, 2), randn(1, 3, 2), randn(3, 2, 2)
+small_or_large = pytest.mark.parametrize("small", [2**17, 0], ids=["small", "large"])
+
+
+@small_or_large
+@pytest.mark.parametrize("num_exponents", [1, 2])
+@pytest.mark.parametrize(
+    ("cube", "way"),
+    [
+        (lambda s: s**3, "either"),
+        (VmappedCube.apply, "reverse_mode"),
+        (Cube.apply, "double_backward"),
+        (CubeOnce.apply, "backward_passes"),
+        (DetachingCube.apply, "backward_passes"),
+        (lambda s: 2 * s**3 - DetachingCube.apply(s), "backward_passes"),
+    ],
+    ids=["any", "no second derivative", "no batching rule", "neither", "a wrong one", "a wrong part"],
+)
+def test_a_callable_is_differentiated_however_it_can_be(cube, way, num_exponents, small, monkeypatch):
+    monkeypatch.setattr(recurrence, "_MAX_SMALL_JACOBIANS", small)
+    mix, state, x, frame = randn(2, 2), randn(3, 2), randn(1, 3, 2), randn(3, 2, num_exponents)
     autodiff = recurrence.AutodiffRecurrence(lambda s, x: cube(s) @ mix.T + x, 2)
     with torch.no_grad():
         pushed = push_forward(autodiff, state[None], x, frame)
     assert_close(pushed, mix @ (3 * state[..., None] ** 2 * frame), 1e-14)
+    first = "reverse_mode" if small else "double_backward"
+    assert autodiff._ways[0].__name__ == f"_push_by_{first if way == 'either' else way}"
 
 
+@small_or_large
+@pytest.mark.parametrize("learnt", [True, False])
+@pytest.mark.parametrize("forgets", [0, 1])
+@pytest.mark.parametrize("cube", [lambda s: s**3, Cube.apply, CubeOnce.apply])
+def test_a_callable_may_forget_its_state_in_some_steps(cube, forgets, learnt, small, monkeypatch):
+    # What does not depend on its state has no graph, or one that does not reach it.
+    monkeypatch.setattr(recurrence, "_MAX_SMALL_JACOBIANS", small)
+    first = randn(3, 2).requires_grad_(learnt)
+    states, frame, x = randn(2, 3, 2), randn(3, 2, 2), torch.arange(2.0).double()[:, None, None].expand(-1, 3, 1)
+    autodiff = recurrence.AutodiffRecurrence(lambda s, x: first * 1 if x[0, 0] == forgets else cube(s), 2)
+    with torch.no_grad():
+        autodiff.push_forward((states[:1], x[:1]), frame)
+        assert not autodiff.push_forward((states, x), frame).any()
+        kept = autodiff.push_forward((states[:1], x[1 - forgets].unsqueeze(0)), frame)
+    assert_close(kept, 3 * states[0][..., None] ** 2 * frame, 1e-14)
+
+
+@pytest.mark.parametrize("lost", [lambda s: s.detach() ** 3, lambda s: torch.from_numpy(s.detach().numpy() ** 3)])
+@small_or_large
+def test_a_callable_that_loses_its_graph_is_refused_by_name(lost, small, monkeypatch):
+    monkeypatch.setattr(recurrence, "_MAX_SMALL_JACOBIANS", small)
+    with pytest.raises(ValueError, match="`dynamics` must be differentiable"):
+        lyapunov_spectrum(lambda s, x: lost(s), torch.zeros(5, 3, 0), randn(3, 2))
+
+
+@pytest.mark.parametrize("small", [2**17, 0])
+@pytest.mark.parametrize("limit", [1, 100, 10**9])
+@pytest.mark.parametrize("num_exponents", [1, 5])
+def test_a_callable_is_pushed_through_several_steps_in_the_order_of_time(num_exponents, limit, small, monkeypatch):
+    monkeypatch.setattr(recurrence, "_MAX_JACOBIAN_ELEMENTS", limit)
+    monkeypatch.setattr(recurrence, "_MAX_SMALL_JACOBIANS", small)
+    mix, states, x, frame = randn(5, 5), randn(7, 3, 5), randn(7, 3, 5), randn(3, 5, num_exponents)
+    autodiff = recurrence.AutodiffRecurrence(lambda s, x: torch.tanh(s @ mix.T + x), 5)
+    expected = frame
+    for state, step_inputs in zip(states, x, strict=True):
+        expected = (1 - torch.tanh(state @ mix.T + step_inputs) ** 2)[..., None] * (mix @ expected)
+    with torch.no_grad():
+        assert_close(push_forward(autodiff, states, x, frame), expected, 1e-13)
+
+
+@small_or_large
 @pytest.mark.parametrize("num_exponents", [1, 4])
-def test_what_is_pushed_is_never_the_frame_itself(num_exponents):
+def test_what_is_pushed_is_never_the_frame_itself(num_exponents, small, monkeypatch):
     # It is orthonormalised where it is, and the frame may be pushed again.
+    monkeypatch.setattr(recurrence, "_MAX_SMALL_JACOBIANS", small)
     frame, autodiff = randn(2, 4, num_exponents), recurrence.AutodiffRecurrence(lambda s, x: s, 4)
     with torch.no_grad():
         pushed = push_forward(autodiff, randn(3, 2, 4), randn(3, 2, 1), frame)
