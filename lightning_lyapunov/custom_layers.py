@@ -68,7 +68,9 @@ class CallableLayer(RecurrentLayer):
                 what = str(tuple(returned.shape)) + ("" if returned.is_floating_point() else f" of {returned.dtype}")
             raise ValueError(f"`dynamics` must return a state of shape {tuple(state.shape)}, but it returned {what}.")
         _check_precision(returned)
-        yield Driven("", AutodiffRecurrence(self._step, state.shape[1]), sequences.inputs, state)
+        recurrence = AutodiffRecurrence(self._step, state.shape[1])
+        recurrence.check_differentiable(state, sequences.inputs[0])
+        yield Driven("", recurrence, sequences.inputs, state)
 
 
 class CustomLayer(RecurrentLayer):
@@ -164,7 +166,9 @@ class CustomLayer(RecurrentLayer):
             if after.shape != state.shape:
                 raise ValueError(f"The state of {type(self.module).__name__} changes its size: {tuple(after.shape)}.")
             _check_precision(after)
-            yield Driven("", AutodiffRecurrence(step, state.shape[1]), inputs, state)
+            recurrence = AutodiffRecurrence(step, state.shape[1])
+            recurrence.check_differentiable(state, inputs[0])
+            yield Driven("", recurrence, inputs, state)
             return
         raise ValueError(
             f"`dynamics`, a step of {type(self.module).__name__}, fails on a state {self._layout} and an input "

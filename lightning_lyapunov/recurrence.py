@@ -92,7 +92,7 @@ class AutodiffRecurrence(Recurrence):
         states, inputs = linearised
         frame = frame.to(states.dtype)
         if not self._ways:
-            self._ways = self._ways_to_try(states[0], inputs[0])
+            self._ways = self._ways_to_try(len(frame))
         while True:
             try:
                 return self._ways[0](states, inputs, frame)
@@ -101,11 +101,29 @@ class AutodiffRecurrence(Recurrence):
                     raise
                 del self._ways[0]
 
-    def _ways_to_try(self, state: Tensor, inputs: Tensor) -> list[Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    def check_differentiable(self, state: Tensor, inputs: Tensor) -> None:
+        """Raise if a step has lost its graph: to PyTorch its derivative is zero.
+
+        Args:
+            state: ``(batch, state_size)``.
+            inputs: ``(batch, input)``.
+
+        Raises:
+            ValueError: if what it returns depends on the state, and its graph does not.
+        """
         with suppress(RuntimeError), torch.inference_mode(False), torch.enable_grad():
-            self._record(state, inputs)  # refuses what cannot be differentiated
+            if (after := self._record(state, inputs)[1]).requires_grad:
+                return
+            nudge = torch.finfo(state.dtype).eps ** 0.5
+            if not torch.allclose(after, self.step(state * (1 + nudge) + nudge, inputs), 0, 0, equal_nan=True):
+                raise ValueError(
+                    "`dynamics` must be differentiable, but what it returns has lost its graph. Write it without "
+                    "`detach`, `no_grad` and numpy."
+                )
+
+    def _ways_to_try(self, batch: int) -> list[Callable[[Tensor, Tensor, Tensor], Tensor]]:
         ways = [self._push_by_reverse_mode, self._push_by_double_backward]
-        if len(state) * self.state_size**2 > _MAX_SMALL_JACOBIANS:
+        if batch * self.state_size**2 > _MAX_SMALL_JACOBIANS:
             ways.reverse()
         return [*ways, self._push_by_backward_passes]
 
@@ -156,16 +174,7 @@ class AutodiffRecurrence(Recurrence):
         """Return a copy of the state, where a graph begins, and the next state, where it ends."""
         # A copy, as `step` makes of the inputs: tensors of inference mode are not saved for a backward pass.
         before = state.clone().requires_grad_()
-        after = self.step(before, inputs)
-        if not after.requires_grad:
-            nudge = torch.finfo(state.dtype).eps ** 0.5
-            nudged = self.step(state * (1 + nudge) + nudge, inputs)
-            if not torch.allclose(after, nudged, rtol=0, atol=0, equal_nan=True):
-                raise ValueError(
-                    "`dynamics` must be differentiable, but what it returns has lost its graph. Write it without "
-                    "`detach`, `no_grad` and numpy."
-                )
-        return before, after
+        return before, self.step(before, inputs)
 
 
 def _gradient(variable: Tensor, value: Tensor, cotangent: Tensor, **options: bool) -> Tensor:
