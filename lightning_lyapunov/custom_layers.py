@@ -269,7 +269,8 @@ class _StateLayout:
         for end, size, (shape, is_complex) in zip(ends, self.sizes, self.shapes, strict=True):
             part = flat[:, end - size : end]  # not of `split`, whose views a step must not write over
             if is_complex:
-                leaves.append(torch.view_as_complex(part.reshape(len(flat), *shape, 2)))
+                # A copy, because a complex number must not begin at an odd place.
+                leaves.append(torch.view_as_complex(part.reshape(len(flat), *shape, 2).clone()))
             else:
                 leaves.append(part.reshape(len(flat), *shape))
         return pytree.tree_unflatten(leaves, self.structure)

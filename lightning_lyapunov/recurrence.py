@@ -19,10 +19,8 @@ __all__ = ["AutodiffRecurrence", "GRURecurrence", "LSTMRecurrence", "RNNRecurren
 
 # Jacobians are formed a few steps at a time: enough to fill a vector unit, few enough to stay in the cache.
 _MAX_JACOBIAN_ELEMENTS = 2**19
-# Rows of a callable's Jacobian that are made at once, for the same reason; and elements of the Jacobians of one step up
-# to which those of several steps are made at once.
+# Rows of a callable's Jacobian that are made at once, for the same reason.
 _MAX_ROWS = 64
-_MAX_SMALL_JACOBIANS = 2**17
 
 
 class Recurrence(ABC):
@@ -62,7 +60,7 @@ class Recurrence(ABC):
         """Return the states after each step, ``(time, batch, state_size)``."""
         states = []
         for step_inputs in inputs:
-            state = self.step(state, step_inputs)
+            state = self.step(state, step_inputs).clone()  # a callable may write each into the same memory
             states.append(state)
         return torch.stack(states)
 
@@ -74,10 +72,10 @@ class Recurrence(ABC):
 class AutodiffRecurrence(Recurrence):
     """A function ``step(state, input) -> state`` without a closed form, differentiated by PyTorch.
 
-    Small Jacobians are made in reverse mode, those of several steps at once. Where they are large, a frame is pushed by
-    two backward passes: ``J^T u`` is linear in ``u``, and its derivative is ``J``. Where a part of the step has no
-    batching rule or no second derivative, the other of the two is taken, and where it has neither, one backward pass
-    for each component of the state.
+    Many tangents are pushed forward by Jacobians, of several steps at once, in reverse mode; few by forward mode, one
+    product for each vector and the batch as it is. Where a part of the step has no batching rule or forward derivative,
+    by the other of the two, and where it has neither, by one backward pass for each component of the state. The first
+    that works is kept.
     """
 
     def __init__(self, step: Callable[[Tensor, Tensor], Tensor], state_size: int) -> None:
@@ -88,19 +86,6 @@ class AutodiffRecurrence(Recurrence):
     def step(self, state: Tensor, inputs: Tensor) -> Tensor:
         return self._step(state.clone(), inputs.clone())  # a step may write over both
 
-    def push_forward(self, linearised: Sequence[Tensor], frame: Tensor) -> Tensor:
-        states, inputs = linearised
-        frame = frame.to(states.dtype)
-        if not self._ways:
-            self._ways = self._ways_to_try(len(frame))
-        while True:
-            try:
-                return self._ways[0](states, inputs, frame)
-            except (RuntimeError, NotImplementedError, ValueError):
-                if len(self._ways) == 1:
-                    raise
-                del self._ways[0]
-
     def check_differentiable(self, state: Tensor, inputs: Tensor) -> None:
         """Raise if a step has lost its graph: to PyTorch its derivative is zero.
 
@@ -109,88 +94,83 @@ class AutodiffRecurrence(Recurrence):
             inputs: ``(batch, input)``.
 
         Raises:
-            ValueError: if what it returns depends on the state, and its graph does not.
+            ValueError: if what it returns changes with the state, and its graph does not reach the state.
         """
         with suppress(RuntimeError), torch.inference_mode(False), torch.enable_grad():
-            if (after := self._record(state, inputs)[1]).requires_grad:
+            before = state.clone().requires_grad_()
+            after = self.step(before, inputs)
+            if after.requires_grad and torch.autograd.grad(after.sum(), before, allow_unused=True)[0] is not None:
                 return
+            # Twice, because a threshold without a graph may lie at the state itself, and is flat on either side.
             nudge = torch.finfo(state.dtype).eps ** 0.5
-            if not torch.allclose(after, self.step(state * (1 + nudge) + nudge, inputs), 0, 0, equal_nan=True):
+            once, twice = (self.step(state * (1 + size) + size, inputs).clone() for size in (nudge, 2 * nudge))
+            if not torch.allclose(once, twice, 0, 0, equal_nan=True):
                 raise ValueError(
-                    "`dynamics` must be differentiable, but what it returns has lost its graph. Write it without "
-                    "`detach`, `no_grad` and numpy."
+                    "`dynamics` must be differentiable, but the graph of what it returns does not reach its state. "
+                    "Write it without `detach`, `no_grad` and numpy."
                 )
 
-    def _ways_to_try(self, batch: int) -> list[Callable[[Tensor, Tensor, Tensor], Tensor]]:
-        ways = [self._push_by_reverse_mode, self._push_by_double_backward]
-        if batch * self.state_size**2 > _MAX_SMALL_JACOBIANS:
-            ways.reverse()
-        return [*ways, self._push_by_backward_passes]
+    def push_forward(self, linearised: Sequence[Tensor], frame: Tensor) -> Tensor:
+        states, inputs = linearised
+        frame = frame.to(states.dtype)
+        if not self._ways:
+            self._ways = [self._push_by_forward_mode, self._push_by_reverse_mode]
+            if 2 * frame.shape[-1] >= self.state_size:
+                self._ways.reverse()
+            self._ways.append(self._push_by_backward_passes)
+        rows = min(self.state_size, _MAX_ROWS)
+        steps = max(1, _MAX_JACOBIAN_ELEMENTS // (frame.shape[0] * self.state_size * rows))
+        for some_states, some_inputs in zip(states.split(steps), inputs.split(steps), strict=True):
+            frame = self._push(some_states, some_inputs, frame)
+        return frame
+
+    def _push(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
+        """Push in the first way that works: one that failed once is not tried again, in whatever step it was."""
+        while True:
+            try:
+                return self._ways[0](states, inputs, frame)
+            except Exception:
+                if len(self._ways) == 1:
+                    raise
+                del self._ways[0]
+
+    def _push_by_forward_mode(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
+        for state, step_inputs in zip(states, inputs, strict=True):
+
+            def derivative_along(tangent: Tensor, state: Tensor = state, x: Tensor = step_inputs) -> Tensor:
+                return torch.func.jvp(lambda s: self.step(s, x), (state,), (tangent,))[1]
+
+            # Not `out_dims=-1`, which gives a wrong shape where the derivative is identically zero (pytorch #178425).
+            frame = torch.func.vmap(derivative_along, in_dims=-1)(frame).movedim(0, -1)
+        return frame.clone()  # a step that returns its state returns the frame itself
 
     def _push_by_reverse_mode(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
-        cotangents = self._cotangents(states[0])
+        # The members of the batch are independent: a cotangent of all of them is a row of each Jacobian.
+        rows = torch.eye(self.state_size).to(states).unsqueeze(1).expand(-1, states.shape[1], -1)
 
         def jacobian(state: Tensor, step_inputs: Tensor) -> Tensor:
             pull_back = torch.func.vjp(lambda s: self.step(s, step_inputs), state)[1]
-            return torch.func.vmap(pull_back, chunk_size=_MAX_ROWS)(cotangents)[0].movedim(0, -2)
+            return torch.func.vmap(pull_back, chunk_size=_MAX_ROWS)(rows)[0].movedim(0, -2)
 
-        rows = min(self.state_size, _MAX_ROWS)
-        steps = max(1, _MAX_JACOBIAN_ELEMENTS // (states[0].numel() * rows))
-        for some in zip(states.split(steps), inputs.split(steps), strict=True):
-            for matrices in torch.func.vmap(jacobian)(*some):
-                frame = matrices @ frame
+        for matrices in torch.func.vmap(jacobian)(states, inputs):
+            frame = matrices @ frame
         return frame
-
-    def _push_by_double_backward(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
-        vectors = frame.movedim(-1, 0).contiguous()
-        count = max(1, _MAX_JACOBIAN_ELEMENTS // states[0].numel())
-        for step, (state, step_inputs) in enumerate(zip(states, inputs, strict=True), 1):
-            with torch.inference_mode(False), torch.enable_grad():
-                before, after = self._record(state, step_inputs)
-                u = torch.zeros_like(after, requires_grad=True)
-                pulled = _gradient(before, after, u, create_graph=True)
-                some = [_gradient(u, pulled, part, is_grads_batched=True) for part in vectors.split(count)]
-                pushed = torch.cat(some)
-                if step == len(states):
-                    cotangent = frame.sum(-1)
-                    _check_adjoint(vectors, pushed, cotangent, _gradient(before, after, cotangent))
-            vectors = pushed
-        return vectors.movedim(0, -1)
 
     def _push_by_backward_passes(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
         for state, step_inputs in zip(states, inputs, strict=True):
             with torch.inference_mode(False), torch.enable_grad():
-                before, after = self._record(state, step_inputs)
-                rows = [_gradient(before, after, cotangent) for cotangent in self._cotangents(after)]
+                # A copy, as `step` makes of the inputs: tensors of inference mode are not saved for a backward pass.
+                before = state.clone().requires_grad_()
+                after = self.step(before, step_inputs)
+                if not after.requires_grad:  # this step forgets its state
+                    return torch.zeros_like(frame)
+                # As above: the gradient of a sum over the members holds a row for each.
+                rows = [
+                    torch.autograd.grad(component.sum(), before, retain_graph=True, materialize_grads=True)[0]
+                    for component in after.unbind(-1)
+                ]
             frame = torch.stack(rows, -2) @ frame
         return frame
-
-    def _cotangents(self, like: Tensor) -> Tensor:
-        """Return a cotangent of ``like``, ``(batch, state_size)``, for each row of the Jacobians."""
-        # The members of the batch are independent: one is enough for all of them.
-        return torch.eye(self.state_size).to(like).unsqueeze(1).expand(-1, len(like), -1)
-
-    def _record(self, state: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a copy of the state, where a graph begins, and the next state, where it ends."""
-        # A copy, as `step` makes of the inputs: tensors of inference mode are not saved for a backward pass.
-        before = state.clone().requires_grad_()
-        return before, self.step(before, inputs)
-
-
-def _gradient(variable: Tensor, value: Tensor, cotangent: Tensor, **options: bool) -> Tensor:
-    """Return ``cotangent`` pulled back through a map of a space to itself, which may not depend on its variable."""
-    if not value.requires_grad:
-        return torch.zeros_like(cotangent)
-    gradients = torch.autograd.grad(value, variable, cotangent, retain_graph=True, materialize_grads=True, **options)
-    return gradients[0].expand_as(cotangent)
-
-
-def _check_adjoint(vectors: Tensor, pushed: Tensor, cotangent: Tensor, pulled: Tensor) -> None:
-    """Raise if ``w . (J v)`` is not ``(J^T w) . v``: a backward of one's own may detach, and nobody says so."""
-    difference = ((cotangent * pushed).sum(-1) - (pulled * vectors).sum(-1)).abs()
-    sizes = cotangent.norm(dim=-1) * pushed.norm(dim=-1) + pulled.norm(dim=-1) * vectors.norm(dim=-1)
-    if (difference > torch.finfo(pushed.dtype).eps ** 0.5 * sizes).any():
-        raise RuntimeError("The second derivative is not that of the first.")
 
 
 class _ClosedForm(Recurrence):

@@ -352,6 +352,27 @@ def test_a_complex_state_has_two_exponents_for_each_number(cell_class):
         assert_close(spectrum[i].sum(), mean_log_determinant(matrices), rtol=0, atol=1e-8)
 
 
+class BesideComplex(nn.Module):
+    """A real state and a complex one, which do not meet."""
+
+    def __init__(self):
+        super().__init__()
+        self.real, self.complex = Plain(), ComplexTanhCell()
+
+    def forward(self, inputs, state):
+        return {"real": self.real(inputs, state["real"]), "z": self.complex(inputs, state["z"])}
+
+
+@pytest.mark.parametrize("batch", [1, BATCH])
+def test_a_complex_state_may_stand_behind_an_odd_number_of_real_components(batch):
+    assert HIDDEN % 2
+    cell, inputs, real = BesideComplex(), randn(TIME, batch, FEATURES), randn(batch, HIDDEN)
+    z = randn(batch, HIDDEN, dtype=torch.complex128)
+    both = precise(cell, inputs, {"real": real, "z": z}, warmup=0)
+    apart = precise(cell.real, inputs, real, warmup=0), precise(cell.complex, inputs, z, warmup=0)
+    assert_close(both.sum(-1), sum(spectrum.sum(-1) for spectrum in apart), rtol=0, atol=1e-8)
+
+
 def test_exponents_of_a_holomorphic_map_come_in_equal_pairs():
     cell = ComplexTanhCell()
     spectrum = precise(cell, randn(600, 1, FEATURES), randn(1, HIDDEN, dtype=torch.complex128), warmup=100)[0]

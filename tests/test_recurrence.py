@@ -73,6 +73,19 @@ def test_pushing_through_several_steps_is_the_product_in_the_order_of_time(cell,
     assert_close(pushed[0], expected)
 
 
+@pytest.mark.parametrize("limit", [1, 100, 10**9])
+@pytest.mark.parametrize("num_exponents", [1, 5])
+def test_a_callable_is_pushed_through_several_steps_in_the_order_of_time(num_exponents, limit, monkeypatch):
+    monkeypatch.setattr(recurrence, "_MAX_JACOBIAN_ELEMENTS", limit)
+    mix, states, x, frame = randn(5, 5), randn(7, 3, 5), randn(7, 3, 5), randn(3, 5, num_exponents)
+    autodiff = recurrence.AutodiffRecurrence(lambda s, x: torch.tanh(s @ mix.T + x), 5)
+    expected = frame
+    for state, step_inputs in zip(states, x, strict=True):
+        expected = (1 - torch.tanh(state @ mix.T + step_inputs) ** 2)[..., None] * (mix @ expected)
+    with torch.no_grad():
+        assert_close(push_forward(autodiff, states, x, frame), expected, 1e-13)
+
+
 class Cube(torch.autograd.Function):
     """A function without a batching rule."""
 
@@ -96,7 +109,7 @@ class CubeOnce(Cube):
 
 
 class DetachingCube(Cube):
-    """A function whose second derivative is wrong, and nobody says so."""
+    """A function that detaches what it gets: a second derivative would be wrong, and nobody would say so."""
 
     @staticmethod
     def backward(ctx, gradient):
@@ -104,7 +117,7 @@ class DetachingCube(Cube):
 
 
 class VmappedCube(torch.autograd.Function):
-    """A function without a second derivative."""
+    """A function without a forward derivative."""
 
     generate_vmap_rule = True
 
@@ -117,46 +130,50 @@ class VmappedCube(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         return 3 * ctx.saved_tensors[0] ** 2 * gradient
 
 
-small_or_large = pytest.mark.parametrize("small", [2**17, 0], ids=["small", "large"])
+def cube_in_place(s):
+    first, second = s.unbind(-1)
+    first.pow_(3)
+    second.pow_(3)
+    return s
 
 
-@small_or_large
 @pytest.mark.parametrize("num_exponents", [1, 2])
 @pytest.mark.parametrize(
     ("cube", "way"),
     [
         (lambda s: s**3, "either"),
+        (cube_in_place, "forward_mode"),
         (VmappedCube.apply, "reverse_mode"),
-        (Cube.apply, "double_backward"),
+        (Cube.apply, "backward_passes"),
         (CubeOnce.apply, "backward_passes"),
         (DetachingCube.apply, "backward_passes"),
         (lambda s: 2 * s**3 - DetachingCube.apply(s), "backward_passes"),
+        (torch.compile(lambda s: s**3, backend="eager"), "any"),
     ],
-    ids=["any", "no second derivative", "no batching rule", "neither", "a wrong one", "a wrong part"],
+    ids=["either", "in place", "reverse", "passes", "once", "detaching", "in part", "compiled"],
 )
-def test_a_callable_is_differentiated_however_it_can_be(cube, way, num_exponents, small, monkeypatch):
-    monkeypatch.setattr(recurrence, "_MAX_SMALL_JACOBIANS", small)
-    mix, state, x, frame = randn(2, 2), randn(3, 2), randn(1, 3, 2), randn(3, 2, num_exponents)
-    autodiff = recurrence.AutodiffRecurrence(lambda s, x: cube(s) @ mix.T + x, 2)
+def test_a_callable_is_differentiated_however_it_can_be(cube, way, num_exponents):
+    size = 5 if way == "either" else 2  # from half of the vectors on, by their Jacobians
+    mix, state, x, frame = randn(size, size), randn(3, size), randn(1, 3, size), randn(3, size, num_exponents)
+    autodiff = recurrence.AutodiffRecurrence(lambda s, x: cube(s) @ mix.T + x, size)
     with torch.no_grad():
         pushed = push_forward(autodiff, state[None], x, frame)
-    assert_close(pushed, mix @ (3 * state[..., None] ** 2 * frame), 1e-14)
-    first = "reverse_mode" if small else "double_backward"
-    assert autodiff._ways[0].__name__ == f"_push_by_{first if way == 'either' else way}"
+    assert_close(pushed, mix @ (3 * state[..., None] ** 2 * frame), 1e-13)
+    if way == "either":
+        way = "forward_mode"
+    if way != "any":
+        assert autodiff._ways[0].__name__ == f"_push_by_{way}"
 
 
-@small_or_large
 @pytest.mark.parametrize("learnt", [True, False])
 @pytest.mark.parametrize("forgets", [0, 1])
-@pytest.mark.parametrize("cube", [lambda s: s**3, Cube.apply, CubeOnce.apply])
-def test_a_callable_may_forget_its_state_in_some_steps(cube, forgets, learnt, small, monkeypatch):
+@pytest.mark.parametrize("cube", [lambda s: s**3, VmappedCube.apply, Cube.apply])
+def test_a_callable_may_forget_its_state_in_some_steps(cube, forgets, learnt):
     # What does not depend on its state has no graph, or one that does not reach it.
-    monkeypatch.setattr(recurrence, "_MAX_SMALL_JACOBIANS", small)
     first = randn(3, 2).requires_grad_(learnt)
     states, frame, x = randn(2, 3, 2), randn(3, 2, 2), torch.arange(2.0).double()[:, None, None].expand(-1, 3, 1)
     autodiff = recurrence.AutodiffRecurrence(lambda s, x: first * 1 if x[0, 0] == forgets else cube(s), 2)
@@ -171,6 +188,7 @@ LOST = {
     "detach": lambda s, x: s.detach() ** 3,
     "no_grad": torch.no_grad()(lambda s, x: s**3),
     "numpy": lambda s, x: torch.from_numpy(s.detach().numpy() ** 3),
+    "detach, into weights": lambda s, x: nn.GRUCell(1, 2).double()(x.new_ones(3, 1), s.detach()),
 }
 
 
@@ -182,30 +200,88 @@ def test_a_callable_that_loses_its_graph_is_refused_by_name(step):
             function(step, torch.zeros(5, 3, 0), randn(3, 2))
 
 
-def test_a_callable_without_a_state_is_not_one_that_lost_its_graph():
-    assert not jacobians(lambda s, x: x.tanh(), randn(5, 3, 2), randn(3, 2)).any()
+@pytest.mark.parametrize("start", [0.0, 0.3])
+@pytest.mark.parametrize("step", [lambda s, x: x.tanh(), lambda s, x: (s > 0) + x], ids=["input only", "threshold"])
+def test_a_derivative_that_is_zero_is_not_a_lost_graph(step, start):
+    assert not jacobians(step, randn(5, 3, 2), torch.full((3, 2), start).double()).any()
 
 
-@pytest.mark.parametrize("small", [2**17, 0])
-@pytest.mark.parametrize("limit", [1, 100, 10**9])
-@pytest.mark.parametrize("num_exponents", [1, 5])
-def test_a_callable_is_pushed_through_several_steps_in_the_order_of_time(num_exponents, limit, small, monkeypatch):
-    monkeypatch.setattr(recurrence, "_MAX_JACOBIAN_ELEMENTS", limit)
-    monkeypatch.setattr(recurrence, "_MAX_SMALL_JACOBIANS", small)
-    mix, states, x, frame = randn(5, 5), randn(7, 3, 5), randn(7, 3, 5), randn(3, 5, num_exponents)
-    autodiff = recurrence.AutodiffRecurrence(lambda s, x: torch.tanh(s @ mix.T + x), 5)
-    expected = frame
-    for state, step_inputs in zip(states, x, strict=True):
-        expected = (1 - torch.tanh(state @ mix.T + step_inputs) ** 2)[..., None] * (mix @ expected)
-    with torch.no_grad():
-        assert_close(push_forward(autodiff, states, x, frame), expected, 1e-13)
+def test_a_callable_may_return_the_same_memory_at_every_step():
+    memory, inputs, state = torch.empty(3, 2).double(), randn(9, 3, 2), randn(3, 2)
+
+    def step(s, x):
+        if torch._C._functorch.is_functorch_wrapped_tensor(s) or s.requires_grad:
+            return torch.tanh(2 * s + x)
+        return memory.copy_(torch.tanh(2 * s + x))
+
+    expected = lyapunov_spectrum(lambda s, x: torch.tanh(2 * s + x), inputs, state)
+    assert torch.equal(lyapunov_spectrum(step, inputs, state), expected)
 
 
-@small_or_large
+def delay_line(s, x):
+    new = torch.tanh(1.5 * s[:, 0] * s[:, 3] + x[:, 0])
+    s[:, 1:] = s[:, :-1].clone()
+    s[:, 0] = new
+    return s
+
+
+def halves(s, x):
+    first, second = s.chunk(2, -1)
+    first.mul_(0.5).add_(torch.tanh(x + second.sin()))
+    second.add_(0.1 * first)
+    return s
+
+
+IN_PLACE = {
+    "delay line": (delay_line, lambda s, x: torch.cat((torch.tanh(1.5 * s[:, :1] * s[:, 3:] + x), s[:, :-1]), -1)),
+    "halves": (
+        halves,
+        lambda s, x: torch.cat(
+            (
+                first := 0.5 * s[:, :2] + torch.tanh(x + s[:, 2:].sin()),
+                s[:, 2:] + 0.1 * first,
+            ),
+            -1,
+        ),
+    ),
+}
+
+
 @pytest.mark.parametrize("num_exponents", [1, 4])
-def test_what_is_pushed_is_never_the_frame_itself(num_exponents, small, monkeypatch):
+@pytest.mark.parametrize(("in_place", "plain"), IN_PLACE.values(), ids=IN_PLACE)
+def test_a_callable_may_write_over_parts_of_its_state(in_place, plain, num_exponents):
+    inputs, state = randn(40, 3, 1), randn(3, 4)
+    expected = lyapunov_spectrum(plain, inputs, state, num_exponents=num_exponents)
+    assert_close(lyapunov_spectrum(in_place, inputs, state, num_exponents=num_exponents), expected, 1e-10)
+
+
+MASKED = {
+    # Backward formulas that mask an infinity: a derivative of theirs would be NaN.
+    "std": lambda s: (s - s.mean(-1, keepdim=True)) / (s.std(-1, keepdim=True) + 1),
+    "norm": lambda s: s / (1 + torch.linalg.vector_norm(s, 3, -1, keepdim=True)),
+    "sinc": torch.sinc,
+    "logcumsumexp": lambda s: s.logcumsumexp(-1),
+}
+
+
+@pytest.mark.parametrize("num_exponents", [1, 4])
+@pytest.mark.parametrize("function", MASKED.values(), ids=MASKED)
+def test_a_callable_may_start_where_its_formulas_are_masked(function, num_exponents):
+    mix, inputs, state = randn(4, 4), randn(20, 3, 4), torch.zeros(3, 4).double()
+    step = lambda s, x: torch.tanh((s + function(s)) @ mix.T + x)  # noqa: E731
+    log_growth, frame = torch.zeros(3, 4).double(), torch.eye(4).double().expand(3, -1, -1)
+    for matrices in jacobians(step, inputs, state):
+        frame, factor = torch.linalg.qr(matrices @ frame)
+        log_growth += factor.diagonal(dim1=-2, dim2=-1).abs().log()
+    spectrum = lyapunov_spectrum(step, inputs, state, num_exponents=num_exponents)
+    assert spectrum.isfinite().all()
+    if num_exponents == 4:
+        assert_close(spectrum.sum(-1), log_growth.sum(-1) / 20, 1e-9)
+
+
+@pytest.mark.parametrize("num_exponents", [1, 4])
+def test_what_is_pushed_is_never_the_frame_itself(num_exponents):
     # It is orthonormalised where it is, and the frame may be pushed again.
-    monkeypatch.setattr(recurrence, "_MAX_SMALL_JACOBIANS", small)
     frame, autodiff = randn(2, 4, num_exponents), recurrence.AutodiffRecurrence(lambda s, x: s, 4)
     with torch.no_grad():
         pushed = push_forward(autodiff, randn(3, 2, 4), randn(3, 2, 1), frame)
