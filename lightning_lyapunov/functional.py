@@ -63,7 +63,8 @@ def lyapunov_spectrum(
         exponent below. A network that is not finite has NaN.
 
     Raises:
-        ValueError: if an argument has the wrong size or value; the message says what to write.
+        ValueError: if an argument has the wrong size or value, or a callable has no derivative; the message says what
+            to write.
         TypeError: if an argument is of the wrong type.
 
     Source: Benettin et al. (1980); Vogt et al., arXiv 2006.14123, Algorithm 1.
