@@ -67,10 +67,7 @@ class CallableLayer(RecurrentLayer):
             if isinstance(returned, Tensor):
                 what = str(tuple(returned.shape)) + ("" if returned.is_floating_point() else f" of {returned.dtype}")
             raise ValueError(f"`dynamics` must return a state of shape {tuple(state.shape)}, but it returned {what}.")
-        _check_precision(returned)
-        recurrence = AutodiffRecurrence(self._step, state.shape[1])
-        recurrence.check_differentiable(state, sequences.inputs[0])
-        yield Driven("", recurrence, sequences.inputs, state)
+        yield _driven(self._step, sequences.inputs, state, returned)
 
 
 class CustomLayer(RecurrentLayer):
@@ -165,10 +162,7 @@ class CustomLayer(RecurrentLayer):
                 continue
             if after.shape != state.shape:
                 raise ValueError(f"The state of {type(self.module).__name__} changes its size: {tuple(after.shape)}.")
-            _check_precision(after)
-            recurrence = AutodiffRecurrence(step, state.shape[1])
-            recurrence.check_differentiable(state, inputs[0])
-            yield Driven("", recurrence, inputs, state)
+            yield _driven(step, inputs, state, after)
             return
         raise ValueError(
             f"`dynamics`, a step of {type(self.module).__name__}, fails on a state {self._layout} and an input "
@@ -187,12 +181,16 @@ class CustomLayer(RecurrentLayer):
         return step
 
 
-def _check_precision(state: Tensor) -> None:
-    if state.dtype not in (torch.float32, torch.float64):
+def _driven(step: Callable[[Tensor, Tensor], Tensor], inputs: Tensor, state: Tensor, after: Tensor) -> Driven:
+    """Return the one cell of a layer, if the state after its first step has the precision and the graph for it."""
+    if after.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"`dynamics` must return a state in float32 or float64, but it returned {state.dtype}. Let it return "
+            f"`dynamics` must return a state in float32 or float64, but it returned {after.dtype}. Let it return "
             "`after.to(state.dtype)`."
         )
+    recurrence = AutodiffRecurrence(step, state.shape[1])
+    recurrence.check_differentiable(state, inputs[0])
+    return Driven("", recurrence, inputs, state)
 
 
 def _call(module: nn.Module, inputs: Any, state: Any) -> Any:
