@@ -514,6 +514,13 @@ class InPlace(Plain):
         return state.copy_(self.drive(inputs, state).tanh())
 
 
+class InPlaceOldFunction(Plain):
+    """Writes over its state, and has a backward only."""
+
+    def forward(self, inputs, state):
+        return state.copy_(Tanh.apply(self.drive(inputs, state)))
+
+
 class Remembers(Plain):
     """Keeps what it made, with the graph that hangs on it."""
 
@@ -564,7 +571,7 @@ def with_plain_twin(cell_class):
     return cell.train(), twin
 
 
-@pytest.mark.parametrize("cell_class", ODD)
+@pytest.mark.parametrize("cell_class", [*ODD, InPlaceOldFunction])
 def test_a_cell_has_the_spectrum_of_its_plain_twin(cell_class):
     cell, twin = with_plain_twin(cell_class)
     inputs, state = torch.randn(TIME, BATCH, FEATURES), torch.randn(BATCH, HIDDEN)

@@ -87,7 +87,7 @@ def test_a_callable_is_pushed_through_several_steps_in_the_order_of_time(num_exp
 
 
 class Cube(torch.autograd.Function):
-    """A function without a batching rule."""
+    """A function without a forward derivative and without a batching rule."""
 
     @staticmethod
     def forward(ctx, x):
@@ -100,7 +100,7 @@ class Cube(torch.autograd.Function):
 
 
 class CubeOnce(Cube):
-    """A function without a batching rule and without a second derivative."""
+    """A function that has a first derivative only, by a backward pass."""
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -154,6 +154,7 @@ def test_few_vectors_are_pushed_by_forward_mode_and_many_by_jacobians(num_expone
 @pytest.mark.parametrize(
     ("cube", "way"),
     [
+        (lambda s: s**3, "reverse_mode"),
         (cube_in_place, "forward_mode"),
         (VmappedCube.apply, "reverse_mode"),
         (Cube.apply, "backward_passes"),
@@ -162,14 +163,14 @@ def test_few_vectors_are_pushed_by_forward_mode_and_many_by_jacobians(num_expone
         (lambda s: 2 * s**3 - DetachingCube.apply(s), "backward_passes"),
         (torch.compile(lambda s: s**3, backend="eager"), "mode"),
     ],
-    ids=["in place", "reverse", "passes", "once", "detaching", "in part", "compiled"],
+    ids=["plain", "in place", "reverse", "passes", "once", "detaching", "in part", "compiled"],
 )
 def test_a_callable_is_differentiated_however_it_can_be(cube, way, num_exponents):
     mix, state, x, frame = randn(2, 2), randn(3, 2), randn(1, 3, 2), randn(3, 2, num_exponents)
     autodiff = recurrence.AutodiffRecurrence(lambda s, x: cube(s) @ mix.T + x, 2)
     with torch.no_grad():
         pushed = push_forward(autodiff, state[None], x, frame)
-    assert_close(pushed, mix @ (3 * state[..., None] ** 2 * frame), 1e-13)
+    assert_close(pushed, mix @ (3 * state[..., None] ** 2 * frame), 1e-14)
     assert way in autodiff._ways[0].__name__
 
 
@@ -258,19 +259,13 @@ MASKED = {
 }
 
 
-@pytest.mark.parametrize("num_exponents", [1, 4])
+@pytest.mark.parametrize("num_exponents", [1, None])
 @pytest.mark.parametrize("function", MASKED.values(), ids=MASKED)
 def test_a_callable_may_start_where_its_formulas_are_masked(function, num_exponents):
     mix, inputs, state = randn(4, 4), randn(20, 3, 4), torch.zeros(3, 4).double()
     step = lambda s, x: torch.tanh((s + function(s)) @ mix.T + x)  # noqa: E731
-    log_growth, frame = torch.zeros(3, 4).double(), torch.eye(4).double().expand(3, -1, -1)
-    for matrices in jacobians(step, inputs, state):
-        frame, factor = torch.linalg.qr(matrices @ frame)
-        log_growth += factor.diagonal(dim1=-2, dim2=-1).abs().log()
-    spectrum = lyapunov_spectrum(step, inputs, state, num_exponents=num_exponents)
-    assert spectrum.isfinite().all()
-    if num_exponents == 4:
-        assert_close(spectrum.sum(-1), log_growth.sum(-1) / 20, 1e-9)
+    expected = [naive.spectrum(matrices, num_exponents) for matrices in jacobians(step, inputs, state).unbind(1)]
+    assert_close(lyapunov_spectrum(step, inputs, state, num_exponents=num_exponents), torch.stack(expected), 1e-9)
 
 
 @pytest.mark.parametrize("num_exponents", [1, 4])
