@@ -1,10 +1,11 @@
 """Watch the Lyapunov spectrum of a recurrent network while it trains."""
 
-from lightning_lyapunov.callback import LyapunovMonitor
-from lightning_lyapunov.dashboard import lyapunov_layout
+from lightning_lyapunov.callbacks.monitor import LyapunovMonitor
+from lightning_lyapunov.callbacks.stopping import InstabilityStopping
 from lightning_lyapunov.functional import jacobians, lyapunov_spectrum
 from lightning_lyapunov.invariants import kaplan_yorke_dimension, kolmogorov_sinai_entropy
-from lightning_lyapunov.layers import register_layer
+from lightning_lyapunov.kernel.propagation import EXPONENT_FLOOR
+from lightning_lyapunov.layers.registry import register_layer
 from lightning_lyapunov.metrics import (
     KaplanYorkeDimension,
     KolmogorovSinaiEntropy,
@@ -15,16 +16,15 @@ from lightning_lyapunov.metrics import (
     MaximalLyapunovStandardError,
     MeanLyapunovExponent,
     MemorySteps,
-    NumDegenerateExponents,
+    NumFlooredExponents,
     NumPositiveExponents,
     ShareNearZero,
     lyapunov_metrics,
 )
-from lightning_lyapunov.spectrum import FLOOR
-from lightning_lyapunov.stopping import InstabilityStopping
+from lightning_lyapunov.reporting.loggers import lyapunov_layout
 
 __all__ = [
-    "FLOOR",
+    "EXPONENT_FLOOR",
     "InstabilityStopping",
     "KaplanYorkeDimension",
     "KolmogorovSinaiEntropy",
@@ -36,7 +36,7 @@ __all__ = [
     "MaximalLyapunovStandardError",
     "MeanLyapunovExponent",
     "MemorySteps",
-    "NumDegenerateExponents",
+    "NumFlooredExponents",
     "NumPositiveExponents",
     "ShareNearZero",
     "jacobians",

@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_lyapunov.custom_layers import CallableLayer
-from lightning_lyapunov.layers import as_layer
-from lightning_lyapunov.recurrence import AutodiffRecurrence
-from lightning_lyapunov.sequences import Driven, RecurrentLayer, Sequences
-from lightning_lyapunov.sharding import gathered
-from lightning_lyapunov.spectrum import FLOOR, Growth, log_growth
+from lightning_lyapunov.kernel.autodiff import AutodiffRecurrence
+from lightning_lyapunov.kernel.propagation import EXPONENT_FLOOR, Growth, log_growth
+from lightning_lyapunov.layers.base import DrivenCell, RecurrentLayer, Sequences
+from lightning_lyapunov.layers.custom import CallableLayer
+from lightning_lyapunov.layers.registry import as_layer
+from lightning_lyapunov.layers.sharding import gathered
 
 __all__ = ["jacobians", "layer_growth", "lyapunov_spectrum", "working_dtype"]
 
@@ -59,8 +59,8 @@ def lyapunov_spectrum(
 
     Returns:
         The exponents in nats per step, largest first, ``(batch, num_exponents)``. A direction that is wiped out (its
-        exponent is minus infinity, or cannot be told from it) has :data:`lightning_lyapunov.FLOOR`, -87.3; so has any
-        exponent below. A network that is not finite has NaN.
+        exponent is minus infinity, or cannot be told from it) has :data:`~lightning_lyapunov.EXPONENT_FLOOR`, -87.3;
+        so has any exponent below. A network that is not finite has NaN.
 
     Raises:
         ValueError: if an argument has the wrong size or value, or a callable has no derivative; the message says what
@@ -78,7 +78,7 @@ def lyapunov_spectrum(
         tensor([[0., 0.]], dtype=torch.float64)
     """
     layer = _layer(dynamics)
-    with _undisturbed(), gathered(layer.module):
+    with _no_grad_no_autocast(), gathered(layer.module):
         sequences, dtype = _read(layer, inputs, state, dtype)
         count = _check_options(layer, sequences, num_exponents, warmup, qr_interval)
         growths = [
@@ -88,7 +88,7 @@ def lyapunov_spectrum(
             )
         ]
         total = torch.cat([growth.total.sum(0) for growth in growths], -1)
-        spectrum = (total / growths[0].steps.sum(0).unsqueeze(-1)).clamp(min=FLOOR)
+        spectrum = (total / growths[0].steps.sum(0).unsqueeze(-1)).clamp(min=EXPONENT_FLOOR)
         return spectrum.sort(dim=-1, descending=True).values[:, :count].to(dtype)
 
 
@@ -104,7 +104,7 @@ def layer_growth(
 ) -> list[tuple[str, Growth]]:
     """Return the growth of the leading directions of each cell of a layer, with the cell's name."""
 
-    def growth(driven: Driven) -> Growth:
+    def growth(driven: DrivenCell) -> Growth:
         size = driven.recurrence.state_size
         return log_growth(
             driven.recurrence,
@@ -118,7 +118,7 @@ def layer_growth(
             segments=segments,
         )
 
-    with _undisturbed():
+    with _no_grad_no_autocast():
         return [(driven.name, growth(driven)) for driven in layer.drive(sequences)]
 
 
@@ -150,7 +150,7 @@ def jacobians(
         raise ValueError(
             "`dynamics` is bidirectional: its two directions share no step. Pass each direction by itself."
         )
-    with _undisturbed(), gathered(layer.module):
+    with _no_grad_no_autocast(), gathered(layer.module):
         sequences, _ = _read(layer, inputs, state, None)
         cells = list(layer.drive(sequences))
 
@@ -183,7 +183,7 @@ def jacobians(
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def _no_grad_no_autocast() -> Iterator[None]:
     """Compute without gradients and in the dtypes that are asked for, whatever is set around the call."""
     with torch.no_grad(), ExitStack() as stack:
         for device in ("cpu", "cuda", "mps"):

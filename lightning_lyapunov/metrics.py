@@ -5,16 +5,14 @@ split of the data over batches or processes gives the same result.
 """
 
 import math
-from functools import cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from lightning_lyapunov.invariants import kaplan_yorke_dimension, kolmogorov_sinai_entropy, num_positive
-from lightning_lyapunov.spectrum import FLOOR
+from lightning_lyapunov.kernel.propagation import EXPONENT_FLOOR
 
 __all__ = [
     "KaplanYorkeDimension",
@@ -27,12 +25,11 @@ __all__ = [
     "MaximalLyapunovStandardError",
     "MeanLyapunovExponent",
     "MemorySteps",
-    "NumDegenerateExponents",
+    "NumFlooredExponents",
     "NumPositiveExponents",
     "NumSequences",
     "ShareNearZero",
     "lyapunov_metrics",
-    "student_t_quantile",
 ]
 
 
@@ -90,7 +87,7 @@ class _SpectrumMetric(Metric):
             )
         spectrum = spectrum.detach().to(self.moments)
         steps = torch.as_tensor(steps).to(self.moments).expand(len(spectrum)).unsqueeze(-1).expand_as(spectrum)
-        growth = spectrum.masked_fill(spectrum <= FLOOR, -math.inf) * steps
+        growth = spectrum.masked_fill(spectrum <= EXPONENT_FLOOR, -math.inf) * steps
         ones = torch.ones_like(steps)
         rows = torch.stack((growth, growth.square(), growth * steps, steps, steps.square(), ones, ones / segments))
         self.moments += rows.masked_fill(steps <= 0, 0).sum(1)
@@ -101,7 +98,7 @@ class _SpectrumMetric(Metric):
         deviations = (growth_sq - 2 * mean * growth_steps + mean.square() * steps_sq).clamp(min=0)
         stderr = (deviations * count / (count - 1)).sqrt() / steps
         stderr = stderr.masked_fill(count < 2, math.nan).masked_fill(mean.isneginf(), 0)
-        spectrum, order = mean.clamp(min=FLOOR).sort(descending=True)
+        spectrum, order = mean.clamp(min=EXPONENT_FLOOR).sort(descending=True)
         samples = count.masked_fill(steps.isnan(), math.nan)
         return _Estimate(spectrum, stderr[order], samples[0], (steps / sequences)[0])
 
@@ -287,13 +284,13 @@ class NumPositiveExponents(_ScalarMetric):
         return num_positive(estimate.spectrum)
 
 
-class NumDegenerateExponents(_ScalarMetric):
+class NumFlooredExponents(_ScalarMetric):
     """How many directions are wiped out: their exponents are at the floor.
 
     Example::
 
         >>> from torch import tensor
-        >>> metric = NumDegenerateExponents(num_exponents=2)
+        >>> metric = NumFlooredExponents(num_exponents=2)
         >>> metric.update(tensor([[0.5, -float("inf")]]))
         >>> metric.compute()
         tensor(1.)
@@ -304,7 +301,7 @@ class NumDegenerateExponents(_ScalarMetric):
     @staticmethod
     def _read(estimate: _Estimate) -> Tensor:
         spectrum = estimate.spectrum
-        return (spectrum <= FLOOR).float().sum().masked_fill(spectrum.isnan().any(), math.nan)
+        return (spectrum <= EXPONENT_FLOOR).float().sum().masked_fill(spectrum.isnan().any(), math.nan)
 
 
 class NumSequences(_ScalarMetric):
@@ -429,28 +426,3 @@ def lyapunov_metrics(num_exponents: int, prefix: str | None = None) -> MetricCol
     metrics: dict[str, Metric] = {name: metric(num_exponents) for name, metric in _SUMMARY.items()}
     # Said rather than found out: torchmetrics would compare the first values, and NaN never equals NaN.
     return MetricCollection(metrics, prefix=prefix, compute_groups=[list(metrics)])  # type: ignore[arg-type]
-
-
-@cache
-def student_t_quantile(probability: float, degrees: int) -> float:
-    r"""Return the quantile of Student's distribution; infinity for no degree of freedom.
-
-    With ``t = sqrt(degrees) tan(a)`` its density is proportional to ``cos(a)^(degrees - 1)``, which is summed by the
-    trapezoidal rule.
-
-    Args:
-        probability: from 0.5 to 1.
-        degrees: the degrees of freedom; less than 1 leaves everything possible.
-
-    Example::
-
-        >>> round(student_t_quantile(0.95, 15), 3)
-        1.753
-    """
-    if degrees < 1:
-        return math.inf
-    angles = np.linspace(0, np.pi / 2, 20_001)
-    density = np.cos(angles) ** (degrees - 1)
-    areas = np.concatenate(([0.0], np.cumsum((density[1:] + density[:-1]) / 2)))
-    angle = np.interp(2 * probability - 1, areas / areas[-1], angles)
-    return float(np.sqrt(degrees) * np.tan(angle))

@@ -12,7 +12,7 @@ import torch
 from mpmath import mp
 from torch import Tensor, nn
 
-from lightning_lyapunov.spectrum import generic_frame
+from lightning_lyapunov.kernel.propagation import generic_frame
 
 CELLS = {
     "rnn-tanh": nn.RNN,

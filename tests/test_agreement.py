@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lyapunov import FLOOR, jacobians, lyapunov_spectrum
-from lightning_lyapunov.spectrum import generic_frame, log_growth
+from lightning_lyapunov import EXPONENT_FLOOR, jacobians, lyapunov_spectrum
+from lightning_lyapunov.kernel.propagation import generic_frame, log_growth
 
 INPUTS = 8
 # In nats per step, for every exponent above the floor.
@@ -31,7 +31,7 @@ def reference(matrices: Tensor) -> Tensor:
         sorted_frame, factor = torch.linalg.qr(pushed.gather(-2, order))
         frame = torch.empty_like(pushed).scatter(-2, order, sorted_frame)
         total += factor.diagonal(dim1=-2, dim2=-1).abs().log()
-    return (total / len(matrices)).clamp(min=FLOOR).sort(-1, descending=True).values
+    return (total / len(matrices)).clamp(min=EXPONENT_FLOOR).sort(-1, descending=True).values
 
 
 def trained(module: nn.Module) -> nn.Module:
@@ -71,7 +71,7 @@ def test_the_defaults_agree_with_float64_and_a_decomposition_at_every_step(kind,
     inputs = torch.randn(60, 3, INPUTS)
     expected, actual = reference(jacobians(module, inputs)), lyapunov_spectrum(module, inputs).double()
     assert actual.dtype == torch.float64
-    assert (expected > FLOOR).all()
+    assert (expected > EXPONENT_FLOOR).all()
     torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
 
 

@@ -9,8 +9,8 @@ from models import Packed, Regressor, fit, series
 from test_callback import keys_of, published
 from torch.testing import assert_close
 
-import lightning_lyapunov.callback
-from lightning_lyapunov import FLOOR, LyapunovMonitor, lyapunov_spectrum
+import lightning_lyapunov.callbacks.monitor
+from lightning_lyapunov import EXPONENT_FLOOR, LyapunovMonitor, lyapunov_spectrum
 
 cells = pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
 not_finite = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -167,7 +167,7 @@ def test_weights_that_the_training_blows_up_end_as_nan_and_the_run_goes_on(cell)
 
 # Dead, saturated, singular
 
-ZERO = {"RNN": [FLOOR] * 5, "GRU": [-math.log(2)] * 5, "LSTM": [-math.log(2)] * 5 + [FLOOR] * 5}
+ZERO = {"RNN": [EXPONENT_FLOOR] * 5, "GRU": [-math.log(2)] * 5, "LSTM": [-math.log(2)] * 5 + [EXPONENT_FLOOR] * 5}
 
 
 @pytest.mark.parametrize(("cell", "spectrum"), ZERO.items())
@@ -180,7 +180,7 @@ def test_weights_of_zero_leave_the_gates_at_one_half(cell, spectrum):
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_saturated_tanh_is_dead(sign):
     monitor, values = watch(filled(Still("RNN"), sign * 1e4, "bias_ih"))
-    assert_close(monitor.history["rnn"]["spectrum"], torch.full((2, 5), FLOOR))
+    assert_close(monitor.history["rnn"]["spectrum"], torch.full((2, 5), EXPONENT_FLOOR))
     assert all_finite(values)
     assert values["lyapunov/rnn/log10_gradient_gain"] < -200
 
@@ -198,7 +198,7 @@ def test_a_state_that_is_kept_has_exponents_of_zero(cell):
     monitor, values = watch(latched(cell))
     spectrum = monitor.history["rnn"]["spectrum"]
     assert_close(spectrum[:, :5], torch.zeros(2, 5), rtol=0, atol=1e-6)
-    assert_close(spectrum[:, 5:], torch.full_like(spectrum[:, 5:], FLOOR))
+    assert_close(spectrum[:, 5:], torch.full_like(spectrum[:, 5:], EXPONENT_FLOOR))
     assert all_finite(values)
     assert values["lyapunov/max_stderr"] < 1e-6
 
@@ -214,7 +214,7 @@ def test_a_singular_jacobian_has_as_many_dead_directions_as_its_weight(rank):
     model = Still("RNN")
     model.rnn.weight_hh_l0.data[:, rank:] = 0
     monitor, values = watch(model)
-    dead = (monitor.history["rnn"]["spectrum"] - FLOOR).abs() < 1e-3
+    dead = (monitor.history["rnn"]["spectrum"] - EXPONENT_FLOOR).abs() < 1e-3
     assert dead.sum(1).tolist() == [5 - rank] * 2
     assert all_finite(values)
 
@@ -222,7 +222,7 @@ def test_a_singular_jacobian_has_as_many_dead_directions_as_its_weight(rank):
 @pytest.mark.parametrize("rate", [-60.0, -90.0, -300.0])
 def test_what_fades_faster_than_single_precision_is_at_the_floor(rate):
     monitor, values = watch(rectifier(rate))
-    assert_close(monitor.history["rnn"]["spectrum"], torch.full((2, 5), max(rate, FLOOR)))
+    assert_close(monitor.history["rnn"]["spectrum"], torch.full((2, 5), max(rate, EXPONENT_FLOOR)))
     assert all_finite(values)
 
 
@@ -335,14 +335,14 @@ def test_a_dead_network_is_finite_and_trains_on():
 
 def failing(monkeypatch, fails):
     """Let the measurements of these numbers fail."""
-    measure, numbers = lightning_lyapunov.callback.layer_growth, iter(range(1000))
+    measure, numbers = lightning_lyapunov.callbacks.monitor.layer_growth, iter(range(1000))
 
     def layer_growth(*args, **kwargs):
         if fails(next(numbers)):
             raise torch.linalg.LinAlgError("no convergence")
         return measure(*args, **kwargs)
 
-    monkeypatch.setattr(lightning_lyapunov.callback, "layer_growth", layer_growth)
+    monkeypatch.setattr(lightning_lyapunov.callbacks.monitor, "layer_growth", layer_growth)
 
 
 @pytest.mark.filterwarnings("ignore:.*could not be measured")

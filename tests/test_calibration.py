@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_lyapunov.functional import layer_growth
-from lightning_lyapunov.layers import as_layer
+from lightning_lyapunov.layers.registry import as_layer
 from lightning_lyapunov.metrics import lyapunov_metrics, student_t_quantile
 
 REPEATS = 400

@@ -34,7 +34,7 @@ from models import (
 from torch import nn
 from torch.testing import assert_close
 
-import lightning_lyapunov.callback
+import lightning_lyapunov.callbacks.monitor
 from lightning_lyapunov import LyapunovMonitor, lyapunov_spectrum
 
 NUMBERS = {
@@ -555,7 +555,7 @@ def broken(monkeypatch):
     def layer_growth(*args, **kwargs):
         raise torch.linalg.LinAlgError("no convergence")
 
-    monkeypatch.setattr(lightning_lyapunov.callback, "layer_growth", layer_growth)
+    monkeypatch.setattr(lightning_lyapunov.callbacks.monitor, "layer_growth", layer_growth)
 
 
 @pytest.mark.usefixtures("broken")

@@ -10,7 +10,7 @@ from test_callback import SCHEDULES, ours, steps_of
 from torch.testing import assert_close
 
 from lightning_lyapunov import LyapunovMonitor
-from lightning_lyapunov.history import MAX_MEASUREMENTS, History
+from lightning_lyapunov.reporting.history import MAX_MEASUREMENTS, History
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
 
@@ -203,7 +203,7 @@ def test_a_monitor_with_other_options_finds_the_history_again(before, after, don
 def test_pictures_are_of_the_cells_that_are_measured_now(done, tmp_path, monkeypatch):
     model, shown = Regressor("GRU"), []
     monkeypatch.setattr(
-        "lightning_lyapunov.dashboard.log_spectra", lambda logger, history, *_, **__: shown.append(history)
+        "lightning_lyapunov.reporting.loggers.log_spectra", lambda logger, history, *_, **__: shown.append(history)
     )
     monitor = LyapunovMonitor()
     monitor.load_state_dict(done[0].state_dict())
@@ -404,7 +404,7 @@ def test_cells_that_are_measured_at_different_times_are_thinned_apart():
 
 
 def test_the_history_of_a_monitor_is_one_of_bounded_size(monkeypatch):
-    monkeypatch.setattr("lightning_lyapunov.history.MAX_MEASUREMENTS", 4)
+    monkeypatch.setattr("lightning_lyapunov.reporting.history.MAX_MEASUREMENTS", 4)
     monitor = LyapunovMonitor(every_n_train_steps=1)
     fit(Regressor(), monitor, data=series(11), max_epochs=1)
     assert steps_of(monitor) == [0, 4, 8, 10]

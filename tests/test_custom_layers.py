@@ -16,9 +16,10 @@ from torch.nn.utils import prune
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lyapunov import FLOOR, LyapunovMonitor, jacobians, layers, lyapunov_spectrum, register_layer
-from lightning_lyapunov.layers import as_layer
-from lightning_lyapunov.sampling import Recorder
+from lightning_lyapunov import EXPONENT_FLOOR, LyapunovMonitor, jacobians, lyapunov_spectrum, register_layer
+from lightning_lyapunov.layers import registry
+from lightning_lyapunov.layers.registry import as_layer
+from lightning_lyapunov.recording.recorder import Recorder
 
 _spec = importlib.util.spec_from_file_location(
     "custom_cells", Path(__file__).parent.parent / "examples" / "custom_cells.py"
@@ -49,7 +50,7 @@ def mean_log_determinant(matrices):
 
 @pytest.fixture(autouse=True)
 def _registry(monkeypatch):
-    monkeypatch.setattr(layers, "_registered", dict(layers._registered))
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
 
 
 # The cells of the example
@@ -1019,7 +1020,7 @@ def test_a_cell_that_forgets_at_once_is_at_the_floor():
             return self.drive(inputs, 0 * state).tanh()
 
     spectrum = lyapunov_spectrum(Forgetful(), torch.randn(TIME, BATCH, FEATURES), torch.randn(BATCH, HIDDEN))
-    assert_close(spectrum, torch.full((BATCH, HIDDEN), FLOOR), rtol=0, atol=0)
+    assert_close(spectrum, torch.full((BATCH, HIDDEN), EXPONENT_FLOOR), rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

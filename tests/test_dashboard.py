@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_lyapunov import FLOOR
-from lightning_lyapunov.dashboard import current_spectrum_picture, log_spectra, lyapunov_layout, spectrum_picture
+from lightning_lyapunov import EXPONENT_FLOOR
+from lightning_lyapunov.reporting.loggers import current_spectrum_picture, log_spectra, lyapunov_layout, spectrum_picture
 
 WHITE, RED, BLUE = [255, 255, 255], [178, 24, 43], [33, 84, 163]
 
@@ -55,7 +55,7 @@ def test_contraction_is_blue(value):
     assert blue > red + 100
 
 
-@pytest.mark.parametrize("value", [FLOOR, -math.inf, math.nan, math.inf])
+@pytest.mark.parametrize("value", [EXPONENT_FLOOR, -math.inf, math.nan, math.inf])
 def test_what_has_no_size_is_grey(value):
     red, green, blue = centre(picture_of([[value]]))
     assert red == green == blue < 200
@@ -85,7 +85,7 @@ def test_a_weak_instability_shows_beside_strong_contraction():
 
 
 def test_a_floor_does_not_wash_out_the_rest():
-    assert centre(picture_of([[FLOOR, 0.5, FLOOR]])) == centre(picture_of([[0.5]]))
+    assert centre(picture_of([[EXPONENT_FLOOR, 0.5, EXPONENT_FLOOR]])) == centre(picture_of([[0.5]]))
 
 
 # The current spectrum
@@ -147,7 +147,7 @@ def test_no_band_is_drawn_where_the_error_is_unknown(half_width):
     assert (picture != current_picture_of([0.5, -0.5], 0)).any()  # which says so
 
 
-@pytest.mark.parametrize("value", [FLOOR, -math.inf, math.nan, math.inf])
+@pytest.mark.parametrize("value", [EXPONENT_FLOOR, -math.inf, math.nan, math.inf])
 def test_what_has_no_size_is_left_out_and_counted(value):
     picture, whole = current_picture_of([0.5, -0.5, value, value]), current_picture_of([0.5, -0.5])
     assert (rows_of(picture, INK, 200) == rows_of(whole, INK, 200)).all()
@@ -156,7 +156,7 @@ def test_what_has_no_size_is_left_out_and_counted(value):
 
 
 def test_a_spectrum_of_nothing_is_drawn_all_the_same():
-    assert len(rows_of(current_picture_of([math.nan, FLOOR]), INK, MIDDLE))
+    assert len(rows_of(current_picture_of([math.nan, EXPONENT_FLOOR]), INK, MIDDLE))
 
 
 @pytest.mark.parametrize("draw", [current_picture_of, lambda spectrum: picture_of([spectrum])])
@@ -263,13 +263,13 @@ def test_the_last_spectrum_is_the_histogram_and_all_of_them_the_picture():
 
 def test_histograms_hold_neither_floors_nor_nan():
     experiment = Experiment()
-    log_spectra(SimpleNamespace(experiment=experiment), history([0.5, -1.0, FLOOR, math.nan]), 0)
+    log_spectra(SimpleNamespace(experiment=experiment), history([0.5, -1.0, EXPONENT_FLOOR, math.nan]), 0)
     assert experiment.histograms["lyapunov/lstm/spectrum"] == ([0.5, -1.0], 0)
 
 
 def test_no_histogram_is_made_of_nothing():
     experiment = Experiment()
-    log_spectra(SimpleNamespace(experiment=experiment), history([FLOOR, FLOOR]), 0)
+    log_spectra(SimpleNamespace(experiment=experiment), history([EXPONENT_FLOOR, EXPONENT_FLOOR]), 0)
     assert not experiment.histograms
     assert experiment.images
 

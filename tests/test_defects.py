@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lyapunov import FLOOR, kaplan_yorke_dimension, lyapunov_spectrum
-from lightning_lyapunov.layers import as_layer
+from lightning_lyapunov import EXPONENT_FLOOR, kaplan_yorke_dimension, lyapunov_spectrum
+from lightning_lyapunov.layers.registry import as_layer
 
 
 def tensor(*values):
@@ -143,7 +143,7 @@ def test_defect_08_sign_of_zero(qr_interval):
     """``sign(0) = 0`` wipes out a column: the directions that are left must not feel the dead one."""
     matrix = tensor([0.0, 0.0, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 2.0])
     spectrum = linear_spectrum(matrix, 80, warmup=60, qr_interval=qr_interval)
-    assert_close(spectrum, tensor(math.log(2), -math.log(2), FLOOR))
+    assert_close(spectrum, tensor(math.log(2), -math.log(2), EXPONENT_FLOOR))
 
 
 def test_defect_10_gru_through_the_update_gate():
@@ -170,7 +170,7 @@ def test_defect_11_floor(dtype):
     spectrum = linear_spectrum(tensor(-80.0, -30.0, -40.0).exp().diag(), 30, warmup=5, dtype=dtype)
     assert_close(spectrum.double(), tensor(-30.0, -40.0, -80.0), 1e-4)
     dead = linear_spectrum(tensor(1.0, 0.0, 0.0).diag(), 30, dtype=dtype)
-    assert (dead == FLOOR).sum() == 2
+    assert (dead == EXPONENT_FLOOR).sum() == 2
 
 
 def test_defect_12_slope_at_the_wrong_argument():
@@ -209,7 +209,7 @@ def test_defect_15_dead_direction_is_not_neutral():
     """Reports a dead direction as 0."""
     module = nn.RNN(3, 4, nonlinearity="relu").double()
     nn.init.constant_(module.bias_hh_l0, -1e3)
-    assert (lyapunov_spectrum(module, randn(5, 2, 3)) == FLOOR).all()
+    assert (lyapunov_spectrum(module, randn(5, 2, 3)) == EXPONENT_FLOOR).all()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10])
@@ -245,7 +245,7 @@ def test_defect_18_zero_column(column, qr_interval):
     matrix[:, column] = 0
     spectrum = linear_spectrum(matrix, 20, qr_interval=qr_interval)
     assert spectrum.isfinite().all()
-    assert (spectrum == FLOOR).sum() == 1
+    assert (spectrum == EXPONENT_FLOOR).sum() == 1
 
 
 # Sprott, Chaos and Time-Series Analysis (2003), table of exponents: Henon's map, Lorenz's and Roessler's system.

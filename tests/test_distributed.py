@@ -21,9 +21,9 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_lyapunov.callback
+import lightning_lyapunov.callbacks.monitor
 from lightning_lyapunov import InstabilityStopping, LyapunovMonitor
-from lightning_lyapunov.sharding import whole
+from lightning_lyapunov.layers.sharding import full_tensor
 
 SECONDS = 60
 
@@ -83,7 +83,7 @@ class SaveResults(Callback):
             "values": self.values,
             "history": monitor.history,
             "inputs": pl_module.seen,
-            "weights": {name: whole(weight) for name, weight in pl_module.state_dict().items()},
+            "weights": {name: full_tensor(weight) for name, weight in pl_module.state_dict().items()},
             "epochs": trainer.current_epoch,
             "decisions": [
                 {
@@ -303,14 +303,14 @@ def test_the_count_of_all_processes_goes_on_after_a_resume(tmp_path):
 
 
 def test_one_process_whose_measurement_fails_makes_nan_of_all_and_nobody_waits(tmp_path, monkeypatch):
-    measure = lightning_lyapunov.callback.layer_growth
+    measure = lightning_lyapunov.callbacks.monitor.layer_growth
 
     def layer_growth(*args, **kwargs):
         if torch.distributed.get_rank() == 1:
             raise torch.linalg.LinAlgError("no convergence")
         return measure(*args, **kwargs)
 
-    monkeypatch.setattr(lightning_lyapunov.callback, "layer_growth", layer_growth)
+    monkeypatch.setattr(lightning_lyapunov.callbacks.monitor, "layer_growth", layer_growth)
     results = distributed(Still(), 2, tmp_path, monitor=LyapunovMonitor(every_n_train_steps=1))
     assert_all_know_the_same(results)
     assert results[0]["values"][-1]["lyapunov/rnn/max"].isnan()
@@ -406,13 +406,13 @@ def test_processes_whose_clocks_differ_measure_on_the_same_batches(schedule, num
         return {"max_overhead": 0.6, "warmup": 2, "strict": True, **schedule}
 
     def alone_by_the_clock_of(rank):
-        monkeypatch.setattr("lightning_lyapunov.overhead.perf_counter", UnlikeClock(rank))
+        monkeypatch.setattr("lightning_lyapunov.callbacks.overhead.perf_counter", UnlikeClock(rank))
         monitor = LyapunovMonitor(**options())
         fit(Still(), monitor, data=series(8), max_epochs=3)
         return monitor.history["rnn"]["step"].tolist()
 
     expected = [alone_by_the_clock_of(rank) for rank in range(2)]
-    monkeypatch.setattr("lightning_lyapunov.overhead.perf_counter", UnlikeClock())
+    monkeypatch.setattr("lightning_lyapunov.callbacks.overhead.perf_counter", UnlikeClock())
     run = {"monitor": LyapunovMonitor(**options()), "data": series(8 * num_processes), "max_epochs": 3}
     results = distributed(Still(), num_processes, tmp_path, **run)
     assert_all_know_the_same(results)

@@ -15,12 +15,12 @@ from models import FEATURES, Regressor, fit, make_trainer, series
 from test_callback import At, hooks_of, published
 from torch import nn
 
-import lightning_lyapunov.callback
-import lightning_lyapunov.sampling
+import lightning_lyapunov.callbacks.monitor
+import lightning_lyapunov.recording.recorder
 from lightning_lyapunov import LyapunovMonitor
-from lightning_lyapunov.history import MAX_MEASUREMENTS
-from lightning_lyapunov.layers import as_layer
-from lightning_lyapunov.sampling import Recorder
+from lightning_lyapunov.reporting.history import MAX_MEASUREMENTS
+from lightning_lyapunov.layers.registry import as_layer
+from lightning_lyapunov.recording.recorder import Recorder
 
 # Thousands of measurements
 
@@ -103,7 +103,7 @@ def test_a_hundred_thousand_measurements_are_kept_and_logged_without_anything_pi
     total = 100_000
 
     def made_up(step):
-        numbers = dict.fromkeys(lightning_lyapunov.callback._LOGGED, torch.tensor(-float(step)))
+        numbers = dict.fromkeys(lightning_lyapunov.callbacks.monitor._LOGGED, torch.tensor(-float(step)))
         spectrum = torch.tensor([-float(step), -1e6])
         return {**numbers, "spectrum": spectrum, "stderr": spectrum.abs(), "num_sequences": torch.tensor(4)}
 
@@ -136,7 +136,7 @@ def test_a_failure_that_reads_differently_each_time_is_said_once(monkeypatch, re
     def fail(*_, **__):
         raise RuntimeError(f"no convergence in matrix {next(numbers)}")
 
-    monkeypatch.setattr("lightning_lyapunov.callback.layer_growth", fail)
+    monkeypatch.setattr("lightning_lyapunov.callbacks.monitor.layer_growth", fail)
     fit(Tiny(), LyapunovMonitor(every_n_train_steps=1), data=series(20), max_epochs=1)
     assert next(numbers) == 20
     assert len([warning for warning in recwarn if "no convergence in matrix" in str(warning.message)]) == 1
@@ -228,7 +228,7 @@ def test_an_interrupt_in_a_measurement_leaves_no_hook_and_no_half_of_a_row(monke
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightning_lyapunov.callback.layer_growth", interrupt)
+    monkeypatch.setattr("lightning_lyapunov.callbacks.monitor.layer_growth", interrupt)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(model, monitor)
     assert not hooks_of(model)
@@ -239,8 +239,8 @@ class InterruptAt:
     """Ctrl-C before the ``number``-th line of those that put hooks on and take them off, torch's own among them."""
 
     CODE = (
-        lightning_lyapunov.sampling.Recorder.start,
-        lightning_lyapunov.sampling.Recorder.stop,
+        lightning_lyapunov.recording.recorder.Recorder.start,
+        lightning_lyapunov.recording.recorder.Recorder.stop,
         LyapunovMonitor.on_train_batch_start,
         LyapunovMonitor.on_train_batch_end,
         LyapunovMonitor.on_train_epoch_end,

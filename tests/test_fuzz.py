@@ -13,7 +13,7 @@ from test_callback import keys_of, published
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from lightning_lyapunov import FLOOR, LyapunovMonitor, lyapunov_spectrum
+from lightning_lyapunov import EXPONENT_FLOOR, LyapunovMonitor, lyapunov_spectrum
 
 KINDS = {"rnn-tanh": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
 
@@ -54,9 +54,9 @@ def assert_spectrum(actual, expected, dtype):
     assert actual.dtype == dtype
     assert actual.shape == expected.shape
     assert (actual.diff() <= 0).all()
-    assert (actual >= FLOOR).all()
+    assert (actual >= EXPONENT_FLOOR).all()
     # The textbook loses, in a direction that a step shrinks by e^-20 beside another, as many digits.
-    expected = expected.clamp(min=FLOOR)
+    expected = expected.clamp(min=EXPONENT_FLOOR)
     tolerance = 1e-5 if dtype == torch.float64 else 2e-3
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
 
@@ -334,7 +334,7 @@ def test_bad_input_gets_an_error_that_names_an_argument(call):
         event("a spectrum")
         assert spectra.dtype in (torch.float32, torch.float64)
         assert spectra.ndim == 2
-        assert (spectra.isnan() | (spectra >= FLOOR)).all()
+        assert (spectra.isnan() | (spectra >= EXPONENT_FLOOR)).all()
         assert ((spectra.diff() <= 0) | spectra.isnan().any(-1, keepdim=True)).all()
     assert torch.equal(before, torch.get_rng_state())
 

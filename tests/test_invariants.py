@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import tensor
 
-from lightning_lyapunov import FLOOR, kaplan_yorke_dimension, kolmogorov_sinai_entropy
+from lightning_lyapunov import EXPONENT_FLOOR, kaplan_yorke_dimension, kolmogorov_sinai_entropy
 from lightning_lyapunov.invariants import num_positive
 
 INF, NAN = math.inf, math.nan
@@ -29,7 +29,7 @@ def entropy_of(spectrum):
 
 
 # Small fractions of two are added without rounding, so that a sum of zero is zero in any order.
-exponents = st.integers(-64, 64).map(lambda n: n / 16) | st.just(FLOOR)
+exponents = st.integers(-64, 64).map(lambda n: n / 16) | st.just(EXPONENT_FLOOR)
 spectra = st.integers(1, 6).flatmap(
     lambda size: st.lists(st.lists(exponents, min_size=size, max_size=size), min_size=1, max_size=4)
 )
@@ -74,9 +74,9 @@ def test_order_of_the_exponents_does_not_matter(batch, random):
         ([1.0, -1.0], 2.0),  # volumes are kept
         ([1.0, -2.0], 1.5),
         ([1.0, 0.0, -4.0], 2.25),
-        ([1.0, FLOOR], 1 - 1 / FLOOR),
-        ([0.5, FLOOR, FLOOR], 1 - 0.5 / FLOOR),
-        ([FLOOR, FLOOR], 0.0),
+        ([1.0, EXPONENT_FLOOR], 1 - 1 / EXPONENT_FLOOR),
+        ([0.5, EXPONENT_FLOOR, EXPONENT_FLOOR], 1 - 0.5 / EXPONENT_FLOOR),
+        ([EXPONENT_FLOOR, EXPONENT_FLOOR], 0.0),
         ([1.0, -INF], 1.0),  # no extent at all
         ([-INF, -INF], 0.0),
         ([0.0, -INF, -INF], 1.0),
@@ -99,7 +99,7 @@ def test_dimension(spectrum, dimension):
         ([-1.0, -2.0], 0.0, 0.0),
         ([0.0, 0.0], 0.0, 0.0),
         ([0.5, 0.25, -2.0], 0.75, 2.0),
-        ([0.5, FLOOR], 0.5, 1.0),
+        ([0.5, EXPONENT_FLOOR], 0.5, 1.0),
         ([0.5, -INF], 0.5, 1.0),
         ([-INF], 0.0, 0.0),
         ([NAN, 1.0], NAN, NAN),

@@ -11,7 +11,7 @@ import torch
 from torch.testing import assert_close
 from torchmetrics.wrappers import Running
 
-from lightning_lyapunov import FLOOR, lyapunov_metrics
+from lightning_lyapunov import EXPONENT_FLOOR, lyapunov_metrics
 from lightning_lyapunov.metrics import (
     KaplanYorkeDimension,
     KolmogorovSinaiEntropy,
@@ -23,7 +23,7 @@ from lightning_lyapunov.metrics import (
     MaximalLyapunovStandardError,
     MeanLyapunovExponent,
     MemorySteps,
-    NumDegenerateExponents,
+    NumFlooredExponents,
     NumPositiveExponents,
     NumSequences,
     ShareNearZero,
@@ -65,7 +65,7 @@ REFERENCES = {
     KaplanYorkeDimension: lambda e: kaplan_yorke(e.spectrum),
     KolmogorovSinaiEntropy: lambda e: e.spectrum[e.spectrum > 0].sum(),
     NumPositiveExponents: lambda e: (e.spectrum > 0).sum(),
-    NumDegenerateExponents: lambda e: 0,
+    NumFlooredExponents: lambda e: 0,
     NumSequences: lambda e: e.count,
     Log10GradientGain: lambda e: e.spectrum[0] * e.steps / np.log(10),
     MemorySteps: lambda e: 1 / abs(e.spectrum[0]),
@@ -237,8 +237,8 @@ def value_of(metric_class, spectrum, steps=80, **options):
         ([0.0], 80.0),
         ([-0.0], 80.0),
         ([1e-300], 80.0),
-        ([FLOOR, FLOOR], 1 / -FLOOR),
-        ([-math.inf], 1 / -FLOOR),
+        ([EXPONENT_FLOOR, EXPONENT_FLOOR], 1 / -EXPONENT_FLOOR),
+        ([-math.inf], 1 / -EXPONENT_FLOOR),
     ],
     ids=str,
 )
@@ -254,8 +254,8 @@ def test_the_memory_is_the_time_of_an_e_fold_and_at_most_the_window(spectrum, me
         ([0.0, 0.0], 1.0),
         ([0.0], 1.0),
         ([0.2], 0.0),
-        ([0.0, FLOOR, -math.inf], 1 / 3),
-        ([FLOOR, FLOOR], 0.0),
+        ([0.0, EXPONENT_FLOOR, -math.inf], 1 / 3),
+        ([EXPONENT_FLOOR, EXPONENT_FLOOR], 0.0),
     ],
     ids=str,
 )
@@ -326,13 +326,13 @@ def test_columns_are_averaged_before_they_are_sorted():
     assert metric.compute().tolist() == [1.5, 0.5]
 
 
-@pytest.mark.parametrize("dead", [-math.inf, FLOOR, FLOOR - 1])
+@pytest.mark.parametrize("dead", [-math.inf, EXPONENT_FLOOR, EXPONENT_FLOOR - 1])
 def test_a_direction_dead_in_one_sequence_is_at_the_floor(dead):
     collection = lyapunov_metrics(2)
-    collection.add_metrics({"degenerate": NumDegenerateExponents(2)})
+    collection.add_metrics({"degenerate": NumFlooredExponents(2)})
     collection.update(torch.tensor([[0.5, dead], [0.3, -1.0]]))
     values = collection.compute()
-    assert_close(values["spectrum"], torch.tensor([0.4, FLOOR]), check_dtype=False)
+    assert_close(values["spectrum"], torch.tensor([0.4, EXPONENT_FLOOR]), check_dtype=False)
     assert values["stderr"][1] == 0
     assert values["degenerate"] == 1
     assert all(value.isfinite().all() for value in values.values())

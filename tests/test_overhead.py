@@ -9,9 +9,9 @@ import torch
 from models import Regressor, TwoLayers, fit, make_trainer, series
 from test_callback import At, hooks_of, ours, published
 
-import lightning_lyapunov.callback
+import lightning_lyapunov.callbacks.monitor
 from lightning_lyapunov import InstabilityStopping, LyapunovMonitor
-from lightning_lyapunov.overhead import Overhead
+from lightning_lyapunov.callbacks.overhead import Overhead
 
 
 class Clock:
@@ -29,21 +29,21 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr("lightning_lyapunov.overhead.perf_counter", clock)
+    monkeypatch.setattr("lightning_lyapunov.callbacks.overhead.perf_counter", clock)
     return clock
 
 
 @pytest.fixture
 def cost(clock, monkeypatch):
     """Set what the measurement of a layer costs, by its type; numbers in seconds or the next of an iterator of them."""
-    costs, measure = {}, lightning_lyapunov.callback.layer_growth
+    costs, measure = {}, lightning_lyapunov.callbacks.monitor.layer_growth
 
     def layer_growth(layer, *args, **kwargs):
         seconds = costs.get(type(layer.module).__name__, 0.0)
         clock.spend(next(seconds) if isinstance(seconds, types.GeneratorType | itertools.chain) else seconds)
         return measure(layer, *args, **kwargs)
 
-    monkeypatch.setattr(lightning_lyapunov.callback, "layer_growth", layer_growth)
+    monkeypatch.setattr(lightning_lyapunov.callbacks.monitor, "layer_growth", layer_growth)
     return costs
 
 

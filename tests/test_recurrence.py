@@ -8,8 +8,11 @@ from naive import CELLS
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from lightning_lyapunov import jacobians, lyapunov_spectrum, recurrence
-from lightning_lyapunov.layers import as_layer
+from lightning_lyapunov import jacobians, lyapunov_spectrum
+from lightning_lyapunov.kernel import autodiff as autodiff_module
+from lightning_lyapunov.kernel import closed_forms
+from lightning_lyapunov.kernel.autodiff import AutodiffRecurrence
+from lightning_lyapunov.layers.registry import as_layer
 
 cells = pytest.mark.parametrize("cell", CELLS)
 biases = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
@@ -60,7 +63,7 @@ def test_jacobians_are_those_of_torchs_forward(cell):
 @cells
 @pytest.mark.parametrize("limit", [1, 100, 10**9])
 def test_pushing_through_several_steps_is_the_product_in_the_order_of_time(cell, limit, monkeypatch):
-    monkeypatch.setattr(recurrence, "_MAX_JACOBIAN_ELEMENTS", limit)  # steps per block: one, a few, all
+    monkeypatch.setattr(closed_forms, "MAX_JACOBIAN_ELEMENTS", limit)  # steps per block: one, a few, all
     module, inputs = naive.make(cell), randn(7, 1, 3)
     (driven,) = driven_cells(module, inputs)
     states = driven.recurrence.trajectory(driven.inputs, driven.state)
@@ -76,9 +79,9 @@ def test_pushing_through_several_steps_is_the_product_in_the_order_of_time(cell,
 @pytest.mark.parametrize("limit", [1, 100, 10**9])
 @pytest.mark.parametrize("num_exponents", [1, 5])
 def test_a_callable_is_pushed_through_several_steps_in_the_order_of_time(num_exponents, limit, monkeypatch):
-    monkeypatch.setattr(recurrence, "_MAX_JACOBIAN_ELEMENTS", limit)
+    monkeypatch.setattr(autodiff_module, "MAX_JACOBIAN_ELEMENTS", limit)
     mix, states, x, frame = randn(5, 5), randn(7, 3, 5), randn(7, 3, 5), randn(3, 5, num_exponents)
-    autodiff = recurrence.AutodiffRecurrence(lambda s, x: torch.tanh(s @ mix.T + x), 5)
+    autodiff = AutodiffRecurrence(lambda s, x: torch.tanh(s @ mix.T + x), 5)
     expected = frame
     for state, step_inputs in zip(states, x, strict=True):
         expected = (1 - torch.tanh(state @ mix.T + step_inputs) ** 2)[..., None] * (mix @ expected)
@@ -145,9 +148,9 @@ def cube_in_place(s):
     ("num_exponents", "way"), [(1, "forward_mode"), (2, "forward_mode"), (3, "reverse_mode"), (5, "reverse_mode")]
 )
 def test_few_vectors_are_pushed_by_forward_mode_and_many_by_jacobians(num_exponents, way):
-    autodiff = recurrence.AutodiffRecurrence(lambda s, x: s**3, 5)
+    autodiff = AutodiffRecurrence(lambda s, x: s**3, 5)
     push_forward(autodiff, randn(2, 3, 5), randn(2, 3, 1), randn(3, 5, num_exponents))
-    assert way in autodiff._ways[0].__name__
+    assert way in autodiff._strategies[0].__name__
 
 
 @pytest.mark.parametrize("num_exponents", [1, 2])
@@ -167,11 +170,11 @@ def test_few_vectors_are_pushed_by_forward_mode_and_many_by_jacobians(num_expone
 )
 def test_a_callable_is_differentiated_however_it_can_be(cube, way, num_exponents):
     mix, state, x, frame = randn(2, 2), randn(3, 2), randn(1, 3, 2), randn(3, 2, num_exponents)
-    autodiff = recurrence.AutodiffRecurrence(lambda s, x: cube(s) @ mix.T + x, 2)
+    autodiff = AutodiffRecurrence(lambda s, x: cube(s) @ mix.T + x, 2)
     with torch.no_grad():
         pushed = push_forward(autodiff, state[None], x, frame)
     assert_close(pushed, mix @ (3 * state[..., None] ** 2 * frame), 1e-14)
-    assert way in autodiff._ways[0].__name__
+    assert way in autodiff._strategies[0].__name__
 
 
 @pytest.mark.parametrize("learnt", [True, False])
@@ -181,7 +184,7 @@ def test_a_callable_may_forget_its_state_in_some_steps(cube, forgets, learnt):
     # What does not depend on its state has no graph, or one that does not reach it.
     first = randn(3, 2).requires_grad_(learnt)
     states, frame, x = randn(2, 3, 2), randn(3, 2, 2), torch.arange(2.0).double()[:, None, None].expand(-1, 3, 1)
-    autodiff = recurrence.AutodiffRecurrence(lambda s, x: first * 1 if x[0, 0] == forgets else cube(s), 2)
+    autodiff = AutodiffRecurrence(lambda s, x: first * 1 if x[0, 0] == forgets else cube(s), 2)
     with torch.no_grad():
         autodiff.push_forward((states[:1], x[:1]), frame)
         assert not autodiff.push_forward((states, x), frame).any()
@@ -271,7 +274,7 @@ def test_a_callable_may_start_where_its_formulas_are_masked(function, num_expone
 @pytest.mark.parametrize("num_exponents", [1, 4])
 def test_what_is_pushed_is_never_the_frame_itself(num_exponents):
     # It is orthonormalised where it is, and the frame may be pushed again.
-    frame, autodiff = randn(2, 4, num_exponents), recurrence.AutodiffRecurrence(lambda s, x: s, 4)
+    frame, autodiff = randn(2, 4, num_exponents), AutodiffRecurrence(lambda s, x: s, 4)
     with torch.no_grad():
         pushed = push_forward(autodiff, randn(3, 2, 4), randn(3, 2, 1), frame)
     assert torch.equal(pushed, frame)
@@ -300,13 +303,13 @@ def test_slopes_of_saturated_gates_keep_every_digit(cell, bias):
 
 @pytest.mark.parametrize("x", [-30.0, 30.0])
 def test_slope_of_tanh_keeps_every_digit(x):
-    slope = recurrence._tanh_slope(torch.tensor(x, dtype=torch.float64))
+    slope = closed_forms._tanh_slope(torch.tensor(x, dtype=torch.float64))
     assert float(slope) == pytest.approx(float(mp.sech(x) ** 2), rel=1e-15)
 
 
 @pytest.mark.parametrize("x", [-30.0, 30.0])
 def test_slope_of_the_sigmoid_keeps_every_digit(x):
-    slope = recurrence._sigmoid_slope(torch.tensor(x, dtype=torch.float64))
+    slope = closed_forms._sigmoid_slope(torch.tensor(x, dtype=torch.float64))
     assert float(slope) == pytest.approx(float(mp.sech(mp.mpf(x) / 2) ** 2 / 4), rel=1e-15)
 
 

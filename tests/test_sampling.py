@@ -12,8 +12,8 @@ from torch.testing import assert_close
 
 from lightning_lyapunov import LyapunovMonitor, lyapunov_spectrum
 from lightning_lyapunov.functional import layer_growth
-from lightning_lyapunov.layers import as_layer
-from lightning_lyapunov.sampling import Recorder
+from lightning_lyapunov.layers.registry import as_layer
+from lightning_lyapunov.recording.recorder import Recorder
 
 TIME, BATCH, HIDDEN = 8, 3, 4
 KINDS = {

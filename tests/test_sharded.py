@@ -18,10 +18,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
-import lightning_lyapunov.callback
-import lightning_lyapunov.torch_layers
+import lightning_lyapunov.callbacks.monitor
+import lightning_lyapunov.layers.torch_nn
 from lightning_lyapunov import LyapunovMonitor, jacobians, lyapunov_spectrum, register_layer
-from lightning_lyapunov.sharding import gathered
+from lightning_lyapunov.layers.sharding import gathered
 
 HIDDEN = 5
 
@@ -291,14 +291,14 @@ def test_a_process_that_is_not_finite_makes_nan_of_all(tmp_path):
 
 @pytest.mark.parametrize("what", ["layer_growth", "working_dtype"])
 def test_a_process_whose_measurement_fails_makes_nan_of_all(what, tmp_path, monkeypatch):
-    original = getattr(lightning_lyapunov.callback, what)
+    original = getattr(lightning_lyapunov.callbacks.monitor, what)
 
     def fails_on_one(*args, **kwargs):
         if torch.distributed.get_rank() == 1:
             raise torch.linalg.LinAlgError("no convergence")
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(lightning_lyapunov.callback, what, fails_on_one)
+    monkeypatch.setattr(lightning_lyapunov.callbacks.monitor, what, fails_on_one)
     monitor = LyapunovMonitor(every_n_train_steps=1)
     results = sharded(Sharded(each_layer, **LSTM), 2, tmp_path, monitor=monitor)
     assert_all_know_the_same(results)
@@ -306,14 +306,14 @@ def test_a_process_whose_measurement_fails_makes_nan_of_all(what, tmp_path, monk
 
 
 def test_a_process_that_cannot_read_a_call_makes_nan_of_all(tmp_path, monkeypatch):
-    read_call = lightning_lyapunov.torch_layers.StackedLayer.read_call
+    read_call = lightning_lyapunov.layers.torch_nn.StackedLayer.read_call
 
     def fails_on_one(*args):
         if torch.distributed.get_rank() == 1:
             raise ValueError("unreadable")
         return read_call(*args)
 
-    monkeypatch.setattr(lightning_lyapunov.torch_layers.StackedLayer, "read_call", fails_on_one)
+    monkeypatch.setattr(lightning_lyapunov.layers.torch_nn.StackedLayer, "read_call", fails_on_one)
     monitor = LyapunovMonitor(every_n_train_steps=1)
     results = sharded(Sharded(each_layer), 2, tmp_path, monitor=monitor)
     assert_all_know_the_same(results)

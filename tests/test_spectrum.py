@@ -12,10 +12,10 @@ from naive import CELLS
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from lightning_lyapunov import FLOOR, jacobians, kaplan_yorke_dimension, lyapunov_spectrum
-from lightning_lyapunov import spectrum as kernel
-from lightning_lyapunov.layers import as_layer
-from lightning_lyapunov.spectrum import generic_frame, log_growth
+from lightning_lyapunov import EXPONENT_FLOOR, jacobians, kaplan_yorke_dimension, lyapunov_spectrum
+from lightning_lyapunov.kernel import interval, orthonormalise
+from lightning_lyapunov.layers.registry import as_layer
+from lightning_lyapunov.kernel.propagation import generic_frame, log_growth
 
 INTERVALS = [1, 2, 3, 7, 16, "auto"]
 cells = pytest.mark.parametrize("cell", CELLS)
@@ -76,7 +76,7 @@ def assert_near_literature(spectra, expected, tolerance):
 def test_elimination_goes_on_with_p_times_l(rows, data):
     vectors = randn(2, rows, data.draw(st.integers(1, rows)))
     permutation, lower, upper = torch.linalg.lu(vectors)
-    frame, growth, lean = kernel._eliminate(vectors, torch.ones(2, vectors.shape[-1], dtype=torch.bool), math.inf)
+    frame, growth, lean = orthonormalise.eliminate(vectors, torch.ones(2, vectors.shape[-1], dtype=torch.bool), math.inf)
     assert_close(frame, permutation @ lower, 1e-15)
     assert_close(growth, upper.diagonal(dim1=-2, dim2=-1).abs().log())
     assert lean == pytest.approx(float((vectors.abs().amax((-2, -1))[:, None].log() - growth).amax()))
@@ -88,7 +88,7 @@ def test_orthonormal_frame_is_that_of_householders_method(count, dtype):
     vectors, alive = randn(2, 90, count).to(dtype), torch.ones(2, count, dtype=torch.bool)
     expected, factor = torch.linalg.qr(vectors.double())
     signs = factor.diagonal(dim1=-2, dim2=-1).sign()
-    frame, growth, _ = kernel._orthonormalise(vectors.clone(), alive, math.inf)
+    frame, growth, _ = orthonormalise.orthonormalise_cholesky(vectors.clone(), alive, math.inf)
     tolerance = 1e-4 if dtype == torch.float32 else 1e-11
     assert_close(frame.double(), expected * signs.unsqueeze(-2), tolerance)
     assert_close(growth, factor.diagonal(dim1=-2, dim2=-1).abs().log(), tolerance)
@@ -104,7 +104,7 @@ def test_orthonormal_frame_is_that_of_householders_method(count, dtype):
 def test_spectrum_is_that_of_the_twin(cell, bias, warmup, device):
     module, inputs = naive.make(cell, bias=bias), randn(20, 2, 3)
     state = naive.initial_state(module, 2)
-    expected = naive.module_spectrum(module, inputs, state, warmup=warmup).clamp(min=FLOOR)
+    expected = naive.module_spectrum(module, inputs, state, warmup=warmup).clamp(min=EXPONENT_FLOOR)
     there = tuple(part.to(device) for part in state) if isinstance(state, tuple) else state.to(device)
     spectrum = lyapunov_spectrum(module.to(device), inputs.to(device), there, warmup=warmup).cpu()
     assert_close(spectrum, expected, ROUNDING)
@@ -141,7 +141,7 @@ def test_directions_that_one_step_drives_far_apart_are_exact(qr_interval, spread
     expected = naive.exact_spectrum(lambda s, x: x * (exact_weight @ s), inputs[:, 0], torch.zeros(4))
     state = torch.zeros(1, 4).double()
     actual = lyapunov_spectrum(lambda s, x: x * (s @ weight.T), inputs, state, qr_interval=qr_interval)[0]
-    assert expected[-1] > FLOOR
+    assert expected[-1] > EXPONENT_FLOOR
     assert_close(actual, expected, 1e-10)
 
 
@@ -302,7 +302,7 @@ def test_lstm_without_weights_forgets_at_its_forget_gates_pace(bias):
     # The first step moves every direction into the image of the Jacobian, which is the same from then on.
     spectrum = lyapunov_spectrum(module, randn(9, 2, 3), warmup=1)
     assert_close(spectrum[:, :4], full((2, 4), bias).sigmoid().log())
-    assert torch.equal(spectrum[:, 4:], full((2, 4), FLOOR))
+    assert torch.equal(spectrum[:, 4:], full((2, 4), EXPONENT_FLOOR))
 
 
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
@@ -310,7 +310,7 @@ def test_lstm_without_weights_forgets_at_its_forget_gates_pace(bias):
 def test_rnn_without_weights_forgets_at_once(nonlinearity, steps):
     module = nn.RNN(3, 4, nonlinearity=nonlinearity).double()
     nn.init.zeros_(module.weight_hh_l0)
-    assert torch.equal(lyapunov_spectrum(module, randn(steps, 2, 3)), full((2, 4), FLOOR))
+    assert torch.equal(lyapunov_spectrum(module, randn(steps, 2, 3)), full((2, 4), EXPONENT_FLOOR))
 
 
 def test_random_matrix_has_the_exponents_of_the_circular_law():
@@ -521,7 +521,7 @@ def test_order_of_the_units_does_not_matter(cell):
 def small_states(request, monkeypatch):
     """Small layers as a CPU follows them, in float64, and as what is large or elsewhere is followed."""
     if request.param == "all in float32":
-        monkeypatch.setattr(kernel, "_SMALL_STATE", {})
+        monkeypatch.setattr(interval, "_SMALL_STATE", {})
 
 
 @invertible_cells
@@ -637,7 +637,7 @@ def test_spectrum_is_finite_sorted_and_of_the_promised_shape(problem):
     cells = module.num_layers * (1 + module.bidirectional)
     assert spectrum.shape == (inputs.shape[1], cells * module.hidden_size * (1 + (module.mode == "LSTM")))
     assert spectrum.dtype == module.weight_hh_l0.dtype
-    assert (spectrum >= FLOOR).all()
+    assert (spectrum >= EXPONENT_FLOOR).all()
     assert (spectrum.diff() <= 0).all()
 
 
@@ -646,8 +646,8 @@ def test_no_option_but_warmup_changes_the_numbers(problem):
     module, inputs, state, options = problem
     expected = lyapunov_spectrum(module.double(), inputs.double(), state, warmup=options["warmup"], qr_interval=1)
     assert_close(lyapunov_spectrum(module, inputs.double(), state, **options), expected, 1e-6)
-    for small_states in (kernel._SMALL_STATE, {}):
-        with mock.patch.object(kernel, "_SMALL_STATE", small_states):
+    for small_states in (interval._SMALL_STATE, {}):
+        with mock.patch.object(interval, "_SMALL_STATE", small_states):
             single = lyapunov_spectrum(module, inputs.double(), state, dtype=torch.float32, **options)
         assert_close(single.double(), expected, 1e-3)
 
@@ -676,12 +676,12 @@ def test_sum_is_the_mean_log_determinant_whatever_the_options(problem):
 
 
 def test_floor_is_the_smallest_factor_of_single_precision():
-    assert math.exp(FLOOR) == pytest.approx(torch.finfo(torch.float32).tiny)
+    assert math.exp(EXPONENT_FLOOR) == pytest.approx(torch.finfo(torch.float32).tiny)
 
 
 def assert_floor(spectra, number):
     """Assert that exactly so many of the exponents are the floor, exactly."""
-    assert ((spectra == FLOOR).sum(-1) == number).all(), spectra
+    assert ((spectra == EXPONENT_FLOOR).sum(-1) == number).all(), spectra
 
 
 @intervals
@@ -729,7 +729,7 @@ def test_direction_wiped_out_during_the_warmup_stays_dead(qr_interval):
     inputs[3, 0, 1] = 0
     state = torch.zeros(1, 2).double()
     spectrum = lyapunov_spectrum(lambda s, x: x * s, inputs, state, warmup=10, qr_interval=qr_interval)
-    assert_close(spectrum, tensor([0.0, FLOOR]))
+    assert_close(spectrum, tensor([0.0, EXPONENT_FLOOR]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -757,7 +757,7 @@ def test_a_direction_that_dies_in_front_of_others_takes_none_with_it(qr_interval
     inputs[200] = -100
     spectrum = lyapunov_spectrum(module, inputs, qr_interval=qr_interval, dtype=dtype, warmup=20)
     assert_close(spectrum[0, :3].double(), full((3,), math.log(0.2)), 0.02)
-    assert spectrum[0, 3] == FLOOR
+    assert spectrum[0, 3] == EXPONENT_FLOOR
 
 
 @pytest.mark.parametrize("dead", [0, 1, 2, 3])
@@ -766,13 +766,14 @@ def test_a_dead_vector_takes_nothing_from_those_behind_it(dead):
     vectors[0, :, dead], alive[0, dead] = 0, False
     living = [j for j in range(4) if j != dead]
     expected = torch.linalg.qr(vectors[0][:, living]).R.diagonal().abs().log()
-    frame, growth, _ = kernel._eliminate(vectors, alive, math.inf)
+    frame, growth, _ = orthonormalise.eliminate(vectors, alive, math.inf)
     assert_close(growth[0, living] + torch.linalg.qr(frame[0][:, living]).R.diagonal().abs().log(), expected)
     for known in (alive, torch.ones_like(alive)):
-        _, growth, _, fate = kernel._orthonormalise_carefully(vectors, known)
+        _, growth, _, alive_after, finite = orthonormalise.orthonormalise_householder(vectors, known)
         assert_close(growth[0, living], expected)
-        assert fate[0].isinf().tolist() == [j == dead for j in range(4)]
-        assert (fate[1] == 0).all()
+        assert alive_after[0].tolist() == [j != dead for j in range(4)]
+        assert alive_after[1].all()
+        assert finite.all()
 
 
 def test_living_directions_do_not_feel_the_dead():
@@ -839,7 +840,7 @@ def test_growth_and_decay_that_no_number_holds_side_by_side(qr_interval):
 
 @pytest.mark.parametrize("exponent", [-88.0, -200.0, -700.0])
 def test_exponent_below_the_floor_is_the_floor(exponent):
-    assert torch.equal(linear_spectrum(tensor([math.exp(exponent)]), 20), tensor(FLOOR))
+    assert torch.equal(linear_spectrum(tensor([math.exp(exponent)]), 20), tensor(EXPONENT_FLOOR))
 
 
 @pytest.mark.parametrize("exponent", [-87.0, -50.0, 0.0, 50.0, 300.0])

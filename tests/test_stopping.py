@@ -14,9 +14,9 @@ from models import Dial, Regressor, TwoLayers, fit, series
 from torch import nn
 
 from lightning_lyapunov import InstabilityStopping, LyapunovMonitor
-from lightning_lyapunov.callback import Estimate
+from lightning_lyapunov.callbacks.monitor import Estimate
 from lightning_lyapunov.functional import layer_growth
-from lightning_lyapunov.layers import as_layer
+from lightning_lyapunov.layers.registry import as_layer
 from lightning_lyapunov.metrics import student_t_quantile
 
 WORSE = [-0.2, -0.1, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]

@@ -12,7 +12,7 @@ from models import make_trainer, regressor, series
 from torch.testing import assert_close
 
 from lightning_lyapunov import LyapunovMonitor, callback, lyapunov_spectrum
-from lightning_lyapunov.sampling import Recorder
+from lightning_lyapunov.recording.recorder import Recorder
 
 NUMBERS = ["max", "max_stderr", "mean", "kaplan_yorke_dimension", "kolmogorov_sinai_entropy", "num_positive"]
 NUMBERS += ["log10_gradient_gain", "memory_steps", "share_near_zero"]

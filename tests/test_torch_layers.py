@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lyapunov import LyapunovMonitor, jacobians, lyapunov_spectrum
 from lightning_lyapunov.functional import layer_growth
-from lightning_lyapunov.layers import as_layer
-from lightning_lyapunov.sampling import Recorder
+from lightning_lyapunov.layers.registry import as_layer
+from lightning_lyapunov.recording.recorder import Recorder
 
 TIME, BATCH, FEATURES, HIDDEN = 7, 3, 3, 4
 LENGTHS = torch.tensor([4, 7, 2])

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lyapunov import LyapunovMonitor
 from lightning_lyapunov.functional import layer_growth
-from lightning_lyapunov.layers import as_layer
+from lightning_lyapunov.layers.registry import as_layer
 
 CHARACTERS, WINDOW, BATCH = 96, 100, 64
 

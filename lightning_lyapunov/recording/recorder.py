@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from lightning_lyapunov.sequences import Call, RecurrentLayer, Sequences
+from lightning_lyapunov.layers.base import Call, Sequences
+from lightning_lyapunov.layers.discovery import FoundLayer
 
 __all__ = ["Recorder", "join"]
 
@@ -20,7 +21,7 @@ class Recorder:
     final state of another goes on with its sequences: so do cells in a loop, decoders and truncated backpropagation.
 
     Args:
-        layers: the modules to record, None for one that must not be hooked, and the layers that they are, by name.
+        layers: the layers to record by name, as :func:`~lightning_lyapunov.layers.discovery.find_layers` returns them.
         num_sequences: how many sequences to keep of a step, spread evenly over what the layer was called with.
         max_steps: how many steps to keep of each, from its start.
 
@@ -29,9 +30,7 @@ class Recorder:
         errors: what went wrong in recording, by the name of the layer.
     """
 
-    def __init__(
-        self, layers: Mapping[str, tuple[nn.Module | None, RecurrentLayer]], num_sequences: int, max_steps: int
-    ) -> None:
+    def __init__(self, layers: Mapping[str, FoundLayer], num_sequences: int, max_steps: int) -> None:
         self._layers = layers
         self._num_sequences, self._max_steps = num_sequences, max_steps
         self._chains: dict[str, list[_Chain]] = {}
@@ -43,14 +42,14 @@ class Recorder:
         self.stop()
         self._chains, self.errors = {name: [] for name in self._layers}, {}
         self.recording = True
-        for name, (module, _) in self._layers.items():
+        for name, (_, module) in self._layers.items():
             if module is not None:
                 module.register_forward_hook(_Hook(self, name), with_kwargs=True)
 
     def stop(self) -> None:
         """Record no more; remove every hook."""
         # They are looked for: of one that Ctrl-C cut short in the making, or in the removal, there is no handle.
-        for module in [module for module, _ in self._layers.values() if module is not None]:
+        for module in [module for _, module in self._layers.values() if module is not None]:
             for number, hook in list(module._forward_hooks.items()):
                 if isinstance(hook, _Hook) and hook.recorder is self:
                     module._forward_hooks_with_kwargs.pop(number, None)
@@ -70,7 +69,7 @@ class Recorder:
         """Record one call of a layer."""
         try:
             with torch.no_grad():
-                call = self._layers[name][1].read_call(args, kwargs, output)
+                call = self._layers[name].layer.read_call(args, kwargs, output)
                 if call is not None:
                     self._record(self._chains[name], call)
         except Exception as error:  # the user's forward goes on; the callback says what happened
@@ -121,9 +120,9 @@ class _Chain:
         return self._final is not None and torch.equal(self._final, sequences.states.to(self._final))
 
     def extend(self, sequences: Sequences, final: Tensor | None, max_steps: int) -> None:
-        room = max_steps - self._steps
-        if room > 0:
-            inputs, lengths = sequences.inputs[:room], sequences.lengths.clamp(max=room)
+        remaining = max_steps - self._steps
+        if remaining > 0:
+            inputs, lengths = sequences.inputs[:remaining], sequences.lengths.clamp(max=remaining)
             self._pieces.append((inputs.clone(), lengths))
             self._steps += len(inputs)
         self._final = final

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lyapunov.custom_layers import CallableLayer, CustomLayer, Step
-from lightning_lyapunov.sequences import RecurrentLayer
-from lightning_lyapunov.sharding import missing_weight
-from lightning_lyapunov.torch_layers import CellLayer, StackedLayer
+from lightning_lyapunov.layers.base import RecurrentLayer
+from lightning_lyapunov.layers.custom import CallableLayer, CustomLayer, Step
+from lightning_lyapunov.layers.sharding import missing_weight
+from lightning_lyapunov.layers.torch_nn import CellLayer, StackedLayer
 
 __all__ = ["as_layer", "is_recurrent", "register_layer"]
 

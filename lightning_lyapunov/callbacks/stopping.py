@@ -7,8 +7,9 @@ from typing import Any
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
-from lightning_lyapunov.callback import Estimate, LyapunovMonitor
-from lightning_lyapunov.metrics import student_t_quantile
+from lightning_lyapunov.callbacks.monitor import LyapunovMonitor
+from lightning_lyapunov.callbacks.publish import Estimate
+from lightning_lyapunov.confidence import student_t_quantile
 
 __all__ = ["InstabilityStopping"]
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_lyapunov.spectrum import FLOOR
+from lightning_lyapunov.kernel.propagation import EXPONENT_FLOOR
 
 __all__ = ["spectrum_figure"]
 
@@ -27,7 +27,7 @@ def spectrum_figure(layer: str, step: NDArray[Any], spectrum: NDArray[Any], stde
     """
     from matplotlib import pyplot
 
-    shown = np.where(spectrum > FLOOR, spectrum, np.nan)
+    shown = np.where(spectrum > EXPONENT_FLOOR, spectrum, np.nan)
     limit = float(np.nanquantile(np.abs(shown), 0.98)) if np.isfinite(shown).any() else 1.0
     index = np.arange(1, spectrum.shape[1] + 1)
     figure, (over_training, now) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")

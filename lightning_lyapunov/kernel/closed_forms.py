@@ -1,176 +1,22 @@
-"""A recurrent cell as a driven map ``s_t = f(s_{t-1}, x_t)``, with its tangent map.
+"""The recurrent cells of PyTorch and their Jacobians in closed form.
 
-The closed forms below are the derivatives of the cells as PyTorch defines them (see the formulas in the documentation
-of :class:`torch.nn.RNN`, :class:`torch.nn.GRU` and :class:`torch.nn.LSTM`). They read plain weight tensors, so they
-work on every device, under parametrisations and pruning, and where a fused kernel has no forward derivative.
+The closed forms are the derivatives of the cells as PyTorch defines them (see the formulas in the documentation of
+:class:`torch.nn.RNN`, :class:`torch.nn.GRU` and :class:`torch.nn.LSTM`). They read plain weight tensors, so they work
+on every device, under parametrisations and pruning, and where a fused kernel has no forward derivative.
 """
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from itertools import cycle
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["AutodiffRecurrence", "GRURecurrence", "LSTMRecurrence", "RNNRecurrence", "Recurrence"]
+from lightning_lyapunov.kernel.recurrence import MAX_JACOBIAN_ELEMENTS, Recurrence
 
-# Jacobians are formed a few steps at a time: enough to fill a vector unit, few enough to stay in the cache.
-_MAX_JACOBIAN_ELEMENTS = 2**19
-# Rows of a callable's Jacobian that are made at once, for the same reason.
-_MAX_ROWS = 64
-
-
-class Recurrence(ABC):
-    """A driven map ``s_t = f(s_{t-1}, x_t)`` on states of shape ``(batch, state_size)``, and its tangent map.
-
-    States of several tensors are flattened into one vector: for an LSTM ``(h, c)``, in this order.
-    """
-
-    state_size: int
-
-    @abstractmethod
-    def step(self, state: Tensor, inputs: Tensor) -> Tensor:
-        """Return the next state, ``(batch, state_size)``, from a state and one step's input, ``(batch, input)``."""
-
-    def linearise(self, states: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
-        """Return what :meth:`push_forward` reads of some steps: tensors whose first dimension is time.
-
-        Args:
-            states: the state *before* each step, ``(time, batch, state_size)``.
-            inputs: the input of each step, ``(time, batch, input)``.
-        """
-        return states, inputs
-
-    @abstractmethod
-    def push_forward(self, linearised: Sequence[Tensor], frame: Tensor) -> Tensor:
-        """Return ``J_T ... J_1 frame``, the tangent vectors in the columns of ``frame`` after all steps.
-
-        Args:
-            linearised: what :meth:`linearise` returned for the steps, or the same stretch of time of each part of it.
-            frame: tangent vectors, ``(batch, state_size, num_exponents)``. Its dtype is the one to compute in.
-
-        Returns:
-            ``(batch, state_size, num_exponents)``, in the dtype that was used.
-        """
-
-    def trajectory(self, inputs: Tensor, state: Tensor) -> Tensor:
-        """Return the states after each step, ``(time, batch, state_size)``."""
-        states = []
-        for step_inputs in inputs:
-            state = self.step(state, step_inputs).clone()  # a callable may write each into the same memory
-            states.append(state)
-        return torch.stack(states)
-
-    def output(self, states: Tensor) -> Tensor:
-        """Return what the layer above sees of ``states``, ``(..., output)``."""
-        return states
-
-
-class AutodiffRecurrence(Recurrence):
-    """A function ``step(state, input) -> state`` without a closed form, differentiated by PyTorch.
-
-    Many tangents are pushed forward by Jacobians, of several steps at once, in reverse mode; few by forward mode, one
-    product for each vector and the batch as it is. Where a part of the step has no batching rule or forward derivative,
-    by the other of the two, and where it has neither, by one backward pass for each component of the state. The first
-    that works is kept.
-    """
-
-    def __init__(self, step: Callable[[Tensor, Tensor], Tensor], state_size: int) -> None:
-        self._step = step
-        self.state_size = state_size
-        self._ways: list[Callable[[Tensor, Tensor, Tensor], Tensor]] = []
-
-    def step(self, state: Tensor, inputs: Tensor) -> Tensor:
-        return self._step(state.clone(), inputs.clone())  # a step may write over both
-
-    def check_differentiable(self, state: Tensor, inputs: Tensor) -> None:
-        """Raise if a step has lost its graph: to PyTorch its derivative is zero.
-
-        Args:
-            state: ``(batch, state_size)``.
-            inputs: ``(batch, input)``.
-
-        Raises:
-            ValueError: if what it returns changes with the state, and its graph does not reach the state.
-        """
-        with suppress(RuntimeError), torch.inference_mode(False), torch.enable_grad():
-            before = state.clone().requires_grad_()
-            after = self.step(before, inputs)
-            if after.requires_grad and torch.autograd.grad(after.sum(), before, allow_unused=True)[0] is not None:
-                return
-            # Twice, because a threshold without a graph may lie at the state itself, and is flat on either side.
-            nudge = torch.finfo(state.dtype).eps ** 0.5
-            once, twice = (self.step(state * (1 + size) + size, inputs).clone() for size in (nudge, 2 * nudge))
-            if not torch.allclose(once, twice, 0, 0, equal_nan=True):
-                raise ValueError(
-                    "`dynamics` must be differentiable, but the graph of what it returns does not reach its state. "
-                    "Write it without `detach`, `no_grad` and numpy."
-                )
-
-    def push_forward(self, linearised: Sequence[Tensor], frame: Tensor) -> Tensor:
-        states, inputs = linearised
-        frame = frame.to(states.dtype)
-        if not self._ways:
-            self._ways = [self._push_by_forward_mode, self._push_by_reverse_mode]
-            if 2 * frame.shape[-1] >= self.state_size:
-                self._ways.reverse()
-            self._ways.append(self._push_by_backward_passes)
-        rows = min(self.state_size, _MAX_ROWS)
-        steps = max(1, _MAX_JACOBIAN_ELEMENTS // (frame.shape[0] * self.state_size * rows))
-        for some_states, some_inputs in zip(states.split(steps), inputs.split(steps), strict=True):
-            frame = self._push(some_states, some_inputs, frame)
-        return frame
-
-    def _push(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
-        """Push in the first way that works: one that failed once is not tried again, in whatever step it was."""
-        while True:
-            try:
-                return self._ways[0](states, inputs, frame)
-            except Exception:
-                if len(self._ways) == 1:
-                    raise
-                del self._ways[0]
-
-    def _push_by_forward_mode(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
-        for state, step_inputs in zip(states, inputs, strict=True):
-
-            def derivative_along(tangent: Tensor, state: Tensor = state, x: Tensor = step_inputs) -> Tensor:
-                return torch.func.jvp(lambda s: self.step(s, x), (state,), (tangent,))[1]
-
-            # Not `out_dims=-1`, which gives a wrong shape where the derivative is identically zero (pytorch #178425).
-            frame = torch.func.vmap(derivative_along, in_dims=-1)(frame).movedim(0, -1)
-        return frame.clone()  # a step that returns its state returns the frame itself
-
-    def _push_by_reverse_mode(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
-        # The members of the batch are independent: a cotangent of all of them is a row of each Jacobian.
-        rows = torch.eye(self.state_size).to(states).unsqueeze(1).expand(-1, states.shape[1], -1)
-
-        def jacobian(state: Tensor, step_inputs: Tensor) -> Tensor:
-            pull_back = torch.func.vjp(lambda s: self.step(s, step_inputs), state)[1]
-            return torch.func.vmap(pull_back, chunk_size=_MAX_ROWS)(rows)[0].movedim(0, -2)
-
-        for matrices in torch.func.vmap(jacobian)(states, inputs):
-            frame = matrices @ frame
-        return frame
-
-    def _push_by_backward_passes(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
-        for state, step_inputs in zip(states, inputs, strict=True):
-            with torch.inference_mode(False), torch.enable_grad():
-                # A copy, as `step` makes of the inputs: tensors of inference mode are not saved for a backward pass.
-                before = state.clone().requires_grad_()
-                after = self.step(before, step_inputs)
-                if not after.requires_grad:  # this step forgets its state
-                    return torch.zeros_like(frame)
-                # As above: the gradient of a sum over the members holds a row for each.
-                rows = [
-                    torch.autograd.grad(component.sum(), before, retain_graph=True, materialize_grads=True)[0]
-                    for component in after.unbind(-1)
-                ]
-            frame = torch.stack(rows, -2) @ frame
-        return frame
+__all__ = ["GRURecurrence", "LSTMRecurrence", "RNNRecurrence"]
 
 
 class _ClosedForm(Recurrence):
@@ -260,7 +106,7 @@ class _GatedRecurrence(_ClosedForm):
     """
 
     dense_rows: int
-    _room: Tensor | None = None
+    _workspace: Tensor | None = None
 
     @abstractmethod
     def _form(self, dense: Tensor, weight: Tensor, *factors: Tensor) -> None:
@@ -277,12 +123,12 @@ class _GatedRecurrence(_ClosedForm):
         factors = [factor.to(frame.dtype) for factor in linearised]
         weight = self.weight_hh.to(frame.dtype)
         shape = frame.shape[0], self.dense_rows, weight.shape[1]
-        steps = min(len(factors[0]), max(1, _MAX_JACOBIAN_ELEMENTS // math.prod(shape)))
-        room = self._memory(steps, *shape, like=frame)
+        steps = min(len(factors[0]), max(1, MAX_JACOBIAN_ELEMENTS // math.prod(shape)))
+        workspace = self._memory(steps, *shape, like=frame)
         # As rows, so that each vector lies side by side in memory.
         vectors, buffers = frame.mT, cycle(frame.new_empty(2, len(frame), frame.shape[-1], self.dense_rows))
         for some_factors in zip(*(factor.split(steps) for factor in factors), strict=True):
-            dense = room[: len(some_factors[0])]
+            dense = workspace[: len(some_factors[0])]
             self._form(dense, weight, *some_factors)
             vectors = self._apply(vectors, buffers, dense, *some_factors)
         return vectors.mT
@@ -290,9 +136,9 @@ class _GatedRecurrence(_ClosedForm):
     def _memory(self, *shape: int, like: Tensor) -> Tensor:
         """Return memory for Jacobians: what was used last, because the first touch of a page takes the longest."""
         size = math.prod(shape)
-        if self._room is None or self._room.dtype != like.dtype or len(self._room) < size:
-            self._room = like.new_empty(size)
-        return self._room[:size].view(shape)
+        if self._workspace is None or self._workspace.dtype != like.dtype or len(self._workspace) < size:
+            self._workspace = like.new_empty(size)
+        return self._workspace[:size].view(shape)
 
 
 def _scale_rows(out: Tensor, weight: Tensor, *factors: Tensor) -> None:

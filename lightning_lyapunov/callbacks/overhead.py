@@ -69,7 +69,7 @@ class Overhead:
         seconds = max(elapsed - self._spent, 1e-9) / done
         return min(math.ceil(missing / seconds), done)
 
-    def complaint(self) -> str | None:
+    def warning_message(self) -> str | None:
         """Return what to say if measuring takes a large share of a time that matters.
 
         The first measurement does not count: it may compile something, or load a library.
@@ -78,10 +78,10 @@ class Overhead:
         elapsed = perf_counter() - self._start - self._first
         if count < _WARN_MEASUREMENTS or spent < _WARN_SECONDS or spent < _WARN_SHARE * elapsed:
             return None
-        dearest = max(self._layers, key=self._layers.__getitem__)
+        slowest_layer = max(self._layers, key=self._layers.__getitem__)
         return (
             f"Measuring Lyapunov spectra took {spent / elapsed:.0%} of the time since the first batch: {count} "
-            f"measurements after the first one, {spent / count:.1f} s each, most of it for `{dearest}`. Lower "
+            f"measurements after the first one, {spent / count:.1f} s each, most of it for `{slowest_layer}`. Lower "
             "`num_exponents`, `max_steps` or `num_sequences`, measure less often with `every_n_train_steps` or "
             "`every_n_epochs`, or keep to a share with `LyapunovMonitor(max_overhead=0.01)`."
         )

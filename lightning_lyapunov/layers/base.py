@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lyapunov.recurrence import Recurrence
+from lightning_lyapunov.kernel.recurrence import Recurrence
 
-__all__ = ["Call", "Driven", "RecurrentLayer", "Sequences", "check_tensor", "trajectory_dtype"]
+__all__ = ["Call", "DrivenCell", "RecurrentLayer", "Sequences", "check_tensor"]
 
 
 class Sequences(NamedTuple):
@@ -33,7 +33,7 @@ class Call(NamedTuple):
     final_states: Tensor | None
 
 
-class Driven(NamedTuple):
+class DrivenCell(NamedTuple):
     """One cell of a layer, with the inputs ``(time, batch, ...)`` and the state ``(batch, state)`` it starts from."""
 
     name: str
@@ -72,16 +72,8 @@ class RecurrentLayer(ABC):
         """Return one call of the module's ``forward``; None for one that starts from no known state."""
 
     @abstractmethod
-    def drive(self, sequences: Sequences) -> Iterator[Driven]:
+    def drive(self, sequences: Sequences) -> Iterator[DrivenCell]:
         """Yield each cell with what drives it."""
-
-
-def trajectory_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype to follow trajectories in: float64, or float32 on a device that has no other.
-
-    It costs little beside the tangent dynamics, and a rounding error made here would grow by exp(lambda_1 t).
-    """
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def check_tensor(name: str, value: Any, size: int | None = None) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["gathered", "missing_weight", "whole"]
+__all__ = ["full_tensor", "gathered", "missing_weight"]
 
 
-def whole(value: Any) -> Any:
+def full_tensor(value: Any) -> Any:
     """Return a ``DTensor`` as the plain tensor that it is over all of its processes, anything else as it is.
 
     All of these processes must call it.
@@ -31,7 +31,7 @@ def gathered(module: nn.Module | None) -> Iterator[None]:
     ]
     try:
         for table, name, value in spread:
-            table[name] = whole(value)
+            table[name] = full_tensor(value)
         yield
     finally:
         for table, name, value in spread:

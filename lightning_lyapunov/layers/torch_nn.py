@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from lightning_lyapunov.recurrence import GRURecurrence, LSTMRecurrence, Recurrence, RNNRecurrence
-from lightning_lyapunov.sequences import Call, Driven, RecurrentLayer, Sequences, check_tensor, trajectory_dtype
+from lightning_lyapunov.kernel.closed_forms import GRURecurrence, LSTMRecurrence, RNNRecurrence
+from lightning_lyapunov.kernel.precision import widest_dtype
+from lightning_lyapunov.kernel.recurrence import Recurrence
+from lightning_lyapunov.layers.base import Call, DrivenCell, RecurrentLayer, Sequences, check_tensor
 
 __all__ = ["CellLayer", "StackedLayer"]
 
@@ -78,8 +80,8 @@ class StackedLayer(RecurrentLayer):
         batch = None if unbatched else sequences.inputs.shape[1]
         return Call(sequences, self._read_state(output[1], batch, sequences.inputs.device))
 
-    def drive(self, sequences: Sequences) -> Iterator[Driven]:
-        inputs = sequences.inputs.to(trajectory_dtype(sequences.inputs.device))
+    def drive(self, sequences: Sequences) -> Iterator[DrivenCell]:
+        inputs = sequences.inputs.to(widest_dtype(sequences.inputs.device))
         states = iter(sequences.states.to(inputs))
         for layer in range(self.module.num_layers):
             outputs = []
@@ -87,7 +89,7 @@ class StackedLayer(RecurrentLayer):
                 name = f"l{layer}{direction}"
                 recurrence, state = _closed_form(self.module, self.module.mode, f"_{name}", inputs), next(states)
                 driving = _reversed_in_time(inputs, sequences.lengths) if direction else inputs
-                yield Driven(name, recurrence, driving, state)
+                yield DrivenCell(name, recurrence, driving, state)
                 if layer + 1 < self.module.num_layers:
                     output = recurrence.output(recurrence.trajectory(driving, state))
                     outputs.append(_reversed_in_time(output, sequences.lengths) if direction else output)
@@ -134,13 +136,13 @@ class CellLayer(RecurrentLayer):
         empty, step = inputs.new_zeros(0, *inputs.shape), inputs.unsqueeze(0)
         return Call(self.read(step, state), self.read(empty, output).states)
 
-    def drive(self, sequences: Sequences) -> Iterator[Driven]:
-        inputs = sequences.inputs.to(trajectory_dtype(sequences.inputs.device))
+    def drive(self, sequences: Sequences) -> Iterator[DrivenCell]:
+        inputs = sequences.inputs.to(widest_dtype(sequences.inputs.device))
         module = self.module
         kind = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}
         mode = next((mode for cell, mode in kind.items() if isinstance(module, cell)), None)
         recurrence = _closed_form(module, mode or f"RNN_{module.nonlinearity}", "", inputs)
-        yield Driven("", recurrence, inputs, sequences.states[0].to(inputs))
+        yield DrivenCell("", recurrence, inputs, sequences.states[0].to(inputs))
 
 
 def _closed_form(module: nn.Module, mode: str, suffix: str, like: Tensor) -> Recurrence:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_lyapunov.recurrence import AutodiffRecurrence
-from lightning_lyapunov.sequences import Call, Driven, RecurrentLayer, Sequences, check_tensor, trajectory_dtype
-from lightning_lyapunov.sharding import whole
+from lightning_lyapunov.kernel.autodiff import AutodiffRecurrence
+from lightning_lyapunov.kernel.precision import widest_dtype
+from lightning_lyapunov.layers.base import Call, DrivenCell, RecurrentLayer, Sequences, check_tensor
+from lightning_lyapunov.layers.sharding import full_tensor
 
 __all__ = ["CallableLayer", "CustomLayer", "Step"]
 
@@ -53,7 +54,7 @@ class CallableLayer(RecurrentLayer):
     def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
         raise NotImplementedError("A plain callable is not a module of a model.")
 
-    def drive(self, sequences: Sequences) -> Iterator[Driven]:
+    def drive(self, sequences: Sequences) -> Iterator[DrivenCell]:
         state = sequences.states[0]
         try:
             returned = self._step(state.clone(), sequences.inputs[0].clone())
@@ -130,7 +131,7 @@ class CustomLayer(RecurrentLayer):
         return Sequences(inputs, states.unsqueeze(0), torch.full((inputs.shape[1],), inputs.shape[0]))
 
     def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call | None:
-        args, kwargs, output = pytree.tree_map(whole, (args, kwargs, output))
+        args, kwargs, output = pytree.tree_map(full_tensor, (args, kwargs, output))
         if self._read_call is not None:
             return Call(self._sequences(*self._read_call(self.module, *args, **kwargs)), None)
         given = list(signature(self.module.forward).bind(*args, **kwargs).arguments.values())
@@ -146,10 +147,10 @@ class CustomLayer(RecurrentLayer):
         sequences, layout = self._sequences(inputs.unsqueeze(0), state), _StateLayout(state)
         return Call(sequences, layout.flatten(layout.find(output)).unsqueeze(0))
 
-    def drive(self, sequences: Sequences) -> Iterator[Driven]:
+    def drive(self, sequences: Sequences) -> Iterator[DrivenCell]:
         assert self._layout is not None
         errors = []
-        for dtype in dict.fromkeys((trajectory_dtype(sequences.inputs.device), self.dtype)):
+        for dtype in dict.fromkeys((widest_dtype(sequences.inputs.device), self.dtype)):
             step = self._plain_step(dtype or torch.float64)
             inputs, state = sequences.inputs, sequences.states[0]
             if dtype is not None:
@@ -171,7 +172,7 @@ class CustomLayer(RecurrentLayer):
 
     def _plain_step(self, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
         """Return the step as a function of flat real states, with weights that are a copy."""
-        module, layout = _still_copy(self.module, dtype), self._layout
+        module, layout = _frozen_copy(self.module, dtype), self._layout
         assert layout is not None
 
         def step(state: Tensor, inputs: Tensor) -> Tensor:
@@ -181,7 +182,7 @@ class CustomLayer(RecurrentLayer):
         return step
 
 
-def _driven(step: Callable[[Tensor, Tensor], Tensor], inputs: Tensor, state: Tensor, after: Tensor) -> Driven:
+def _driven(step: Callable[[Tensor, Tensor], Tensor], inputs: Tensor, state: Tensor, after: Tensor) -> DrivenCell:
     """Return the one cell of a layer, if the state after its first step has the precision and the graph for it."""
     if after.dtype not in (torch.float32, torch.float64):
         raise ValueError(
@@ -190,14 +191,14 @@ def _driven(step: Callable[[Tensor, Tensor], Tensor], inputs: Tensor, state: Ten
         )
     recurrence = AutodiffRecurrence(step, state.shape[1])
     recurrence.check_differentiable(state, inputs[0])
-    return Driven("", recurrence, inputs, state)
+    return DrivenCell("", recurrence, inputs, state)
 
 
 def _call(module: nn.Module, inputs: Any, state: Any) -> Any:
     return module(inputs, state)
 
 
-def _still_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _frozen_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return a copy in evaluation mode, without hooks or gradients: calling it leaves the original untouched."""
     # Tensors that hang on a graph refuse to be copied, wherever the module keeps them.
     kept = pytree.tree_leaves([part.__dict__ for part in module.modules()])

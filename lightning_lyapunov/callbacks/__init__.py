@@ -1,0 +1,1 @@
+"""What knows a Lightning trainer."""

@@ -1,0 +1,139 @@
+"""Where the numbers go: the trainer's metrics, the loggers and the history."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_lyapunov.callbacks.measurement import CellMetrics
+from lightning_lyapunov.callbacks.warn_once import WarnOnce
+from lightning_lyapunov.confidence import student_t_quantile
+from lightning_lyapunov.reporting.history import History
+from lightning_lyapunov.reporting.loggers import log_spectra
+
+__all__ = ["Estimate", "Publisher", "logger_step"]
+
+_LOGGED = (
+    "max",
+    "max_stderr",
+    "mean",
+    "kaplan_yorke_dimension",
+    "kolmogorov_sinai_entropy",
+    "num_positive",
+    "log10_gradient_gain",
+    "memory_steps",
+    "share_near_zero",
+)
+
+
+class Estimate(NamedTuple):
+    """The last value of an exponent.
+
+    Attributes:
+        value: nats per step.
+        stderr: its standard error.
+        num_sequences: how many sequences, or segments of one, it is from.
+        layer: the name of its layer.
+        step: the step of the loggers.
+    """
+
+    value: float
+    stderr: float
+    num_sequences: int
+    layer: str
+    step: int
+
+
+def logger_step(trainer: Any, *, epoch_ended: bool = False) -> int:
+    """Return the step at which Lightning itself logs now.
+
+    Args:
+        trainer: the trainer.
+        epoch_ended: whether the hook is that of an epoch's end, where Lightning has counted one step further.
+    """
+    return trainer.fit_loop.epoch_loop._batches_that_stepped - epoch_ended
+
+
+class Publisher:
+    """Publish measurements on every rank, and once to each logger.
+
+    Args:
+        history: the measurements so far, to which each is added.
+        warn: gives the warnings.
+        log_spectrum: log pictures and histograms to the loggers that can show them.
+        log_band: log the 95 % confidence band of the largest exponent of each cell, too.
+        strict: raise what goes wrong in a logger's pictures.
+
+    Attributes:
+        estimates: the last measurement of each ``"lyapunov/<layer>/max"``, and of ``"lyapunov/max"``.
+    """
+
+    def __init__(
+        self,
+        history: History,
+        warn: WarnOnce,
+        *,
+        log_spectrum: bool = True,
+        log_band: bool = False,
+        strict: bool = False,
+    ) -> None:
+        self._history, self._warn = history, warn
+        self._log_spectrum, self._log_band, self._strict = log_spectrum, log_band, strict
+        self._latest: CellMetrics = {}
+        self._measured: dict[str, Estimate] = {}
+        self.estimates: dict[str, Estimate] = {}
+
+    def publish(self, trainer: Any, cells: CellMetrics, step: int) -> None:
+        """Publish the metrics of all cells, the same on every rank, at a step of the loggers."""
+        scalars: dict[str, Tensor] = {}
+        for cell, metrics in cells.items():
+            metrics = self._update(cell, metrics, step)
+            scalars.update({f"lyapunov/{cell}/{name}": metrics[name] for name in _LOGGED})
+            rows = (metrics[name].float().cpu().reshape(-1) for name in ("spectrum", "stderr"))
+            self._history.append(cell, step, *rows)
+        worst = max(self._measured.values(), key=lambda e: (math.isnan(e.value), e.value), default=None)
+        self.estimates = dict(self._measured) if worst is None else {**self._measured, "lyapunov/max": worst}
+        overall = {
+            "max": math.nan if worst is None else worst.value,
+            "max_stderr": math.nan if worst is None else worst.stderr,
+            "worst_layer": math.nan if worst is None else list(cells).index(worst.layer),
+        }
+        scalars.update({f"lyapunov/{name}": torch.tensor(number) for name, number in overall.items()})
+
+        device = trainer.strategy.root_device
+        trainer.callback_metrics.update({key: value.float().to(device) for key, value in scalars.items()})
+        numbers = {key: float(value) for key, value in scalars.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers.copy(), step=step)
+        if self._log_spectrum and trainer.is_global_zero and trainer.loggers:
+            self._log_pictures(trainer.loggers, list(cells), step, worst)
+
+    def _update(self, cell: str, metrics: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """Return the metrics to publish of a cell: the last ones, where it was not called on any rank."""
+        if metrics["num_sequences"] == 0:
+            metrics = self._latest.get(cell, metrics)
+        # A layer that was not called or not measured must not end a run; NaN in one that was is the network's own.
+        elif metrics["num_sequences"] > 0:
+            values = float(metrics["max"]), float(metrics["max_stderr"]), int(metrics["num_sequences"])
+            self._measured[f"lyapunov/{cell}/max"] = Estimate(*values, layer=cell, step=step)
+        self._latest[cell] = metrics
+        return metrics
+
+    def _log_pictures(self, loggers: Any, cells: list[str], step: int, worst: Estimate | None) -> None:
+        history = self._history.tensors()
+        options: dict[str, Any] = {
+            "quantiles": {e.layer: student_t_quantile(0.975, e.num_sequences - 1) for e in self.estimates.values()},
+            "band": self._log_band,
+            "worst": None if worst is None else worst.layer,
+        }
+        for logger in loggers:
+            name = type(logger).__name__
+            try:
+                if not log_spectra(logger, {cell: history[cell] for cell in cells}, step, **options):
+                    self._warn(f"{type(logger)} is not known", f"{name} is not known to take pictures of the spectrum.")
+            except Exception as error:
+                if self._strict:
+                    raise
+                message = f"{name} did not take a picture: {type(error).__name__}: {error}"
+                self._warn(f"{type(logger)} failed", message)

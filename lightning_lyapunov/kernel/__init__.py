@@ -1,0 +1,1 @@
+"""The framework-free kernel: tensors in, growth rates of tangent vectors out. It needs torch and nothing else."""

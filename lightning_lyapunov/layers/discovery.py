@@ -1,0 +1,69 @@
+"""The recurrent layers of a model, by name."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from lightning_lyapunov.layers.base import RecurrentLayer
+from lightning_lyapunov.layers.registry import as_layer, is_recurrent
+
+__all__ = ["FoundLayer", "find_layers"]
+
+
+class FoundLayer(NamedTuple):
+    """A layer of a model, and the module to put hooks on.
+
+    Attributes:
+        layer: the recurrent layer.
+        hook_target: the layer's module, or the compiled module around it; None where a hook would break a compiled
+            graph.
+    """
+
+    layer: RecurrentLayer
+    hook_target: nn.Module | None
+
+
+def find_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, FoundLayer]:
+    """Return the recurrent layers of a model by their dotted names, in the order of ``named_modules()``.
+
+    Args:
+        model: the model to search.
+        names: the dotted names of the layers to return; None for every recurrent layer.
+
+    Raises:
+        ValueError: if the model has no recurrent layer, or no layer of a name.
+    """
+    # torch.compile wraps a module in another; both go by the name that the user gave, and so does a shared module.
+    modules: dict[str, nn.Module] = {}
+    one_graph = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        modules.setdefault(_without_wrappers(path), module)
+        if getattr(getattr(module, "dynamo_ctx", None), "fullgraph", False):
+            one_graph[_without_wrappers(path)] = module
+    recurrent = {name: module for name, module in modules.items() if is_recurrent(getattr(module, "_orig_mod", module))}
+    found = ", ".join(f"`{name}` ({type(module).__name__})" for name, module in recurrent.items()) or "none"
+    if names is None and not recurrent:
+        raise ValueError(
+            f"{type(model).__name__} has no recurrent layer of torch.nn. Name the module to watch, "
+            '`LyapunovMonitor(modules="...")`, or register its class with `register_layer`.'
+        )
+    layers: dict[str, FoundLayer] = {}
+    for name in map(_without_wrappers, names or recurrent):
+        if name not in modules:
+            raise ValueError(f"`modules` names `{name}`, which the model does not have. Its recurrent layers: {found}.")
+        try:
+            layer = as_layer(modules[name])
+        except TypeError as error:
+            raise ValueError(
+                f"`modules`: `{name}` cannot be watched. {error} The recurrent layers: {found}."
+            ) from error
+        if not any(layer.module is other.layer.module for other in layers.values()):
+            # A hook breaks a compiled graph: where that is an error it can only stand outside.
+            inside = any(name.startswith(f"{path}.") for path in one_graph)
+            layers[name] = FoundLayer(layer, None if inside else one_graph.get(name, layer.module))
+    return layers
+
+
+def _without_wrappers(path: str) -> str:
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")

@@ -1,0 +1,1 @@
+"""What the recurrent layers of a running model are called with. It knows modules and hooks, and no trainer."""

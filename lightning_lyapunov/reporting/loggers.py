@@ -1,0 +1,157 @@
+"""Which logger takes what: pictures, histograms and charts of a spectrum."""
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_lyapunov.reporting.pictures import current_spectrum_picture, resolved, spectrum_picture
+
+__all__ = ["log_spectra", "lyapunov_layout"]
+
+# Of the normal distribution: where nothing is known of the number of sequences.
+_QUANTILE = 1.96
+
+
+def log_spectra(
+    logger: Any,
+    history: Mapping[str, Mapping[str, Tensor]],
+    step: int,
+    *,
+    quantiles: Mapping[str, float] | None = None,
+    band: bool = False,
+    worst: str | None = None,
+) -> bool:
+    """Send two pictures of each layer, its last spectrum and all of them, to a logger that takes pictures.
+
+    TensorBoard gets the last spectrum as a histogram, too. Loggers are told by what they can do, because two packages
+    have classes of the same name. The ``prefix`` of a logger stands before these tags, as before those of the scalars.
+
+    Args:
+        logger: a logger of Lightning's kind.
+        history: for each layer ``"step"``, ``(m,)``, ``"spectrum"`` and ``"stderr"``, ``(m, num_exponents)``, nats per
+            step, largest first: CPU tensors.
+        step: the step of the last measurement.
+        quantiles: for each layer how many standard errors a 95 % confidence interval reaches to either side;
+            1.96, that of many sequences, for those not named.
+        band: log the 95 % confidence band of the largest exponent as scalars, too, where a logger takes them by
+            ``add_scalar``: ``"lyapunov_band/<layer>/lower"`` and ``".../upper"``. See :func:`lyapunov_layout`.
+        worst: the layer to name as text, ``"lyapunov/worst_layer"``, where a logger takes it by ``add_text``.
+
+    Returns:
+        False for a logger that is not known to take pictures, nor to take numbers only.
+    """
+    show = _picture_call(logger)
+    if worst is not None and hasattr(getattr(logger, "experiment", None), "add_text"):
+        logger.experiment.add_text(f"{_prefix_of(logger)}lyapunov/worst_layer", f"`{worst}`", step)
+    for layer, measurements in history.items():
+        spectra, stderr = measurements["spectrum"].numpy(), measurements["stderr"].numpy()
+        half_width = (quantiles or {}).get(layer, _QUANTILE) * stderr[-1]
+        _add_numbers(logger, layer, spectra[-1], half_width, step, band)
+        if show:
+            title = f"Lyapunov exponents of {layer}"
+            over_training = spectrum_picture(measurements["step"].numpy(), spectra, title)
+            show(f"lyapunov/{layer}/spectrum_over_training", over_training, step)
+            now = current_spectrum_picture(spectra[-1], half_width, f"{title}, 95 % band")
+            show(f"lyapunov/{layer}/spectrum_now", now, step)
+    return show is not None or _takes_numbers_only(logger)
+
+
+def lyapunov_layout(layers: Iterable[str], *, band: bool = False, prefix: str = "") -> dict[str, dict[str, list[Any]]]:
+    """Return a page of charts for TensorBoard's tab "Custom Scalars": the layers side by side.
+
+    TensorBoard keeps the last layout of a run only, so join it with yours and add both in one call.
+
+    Args:
+        layers: the names of the layers, as in the logged keys ``"lyapunov/<layer>/max"``.
+        band: add a chart for each layer of its largest exponent with the 95 % confidence band. It stays empty unless
+            the band is logged: see :func:`log_spectra`.
+        prefix: that of the logger, if it has one.
+
+    Returns:
+        One category for ``SummaryWriter.add_custom_scalars``.
+
+    Example::
+
+        >>> mine = {"losses": {"both": ["Multiline", ["train_loss", "val_loss"]]}}
+        >>> layout = mine | lyapunov_layout(["encoder", "decoder"])
+        >>> # logger.experiment.add_custom_scalars(layout)
+        >>> list(layout)
+        ['losses', 'Lyapunov exponents']
+    """
+    largest = {layer: f"{_joined(prefix)}lyapunov/{layer}/max" for layer in layers}
+    charts: dict[str, list[Any]] = {
+        "Largest exponent, nats per step": ["Multiline", [_exactly(tag) for tag in largest.values()]],
+        "Standard error of the largest exponent": [
+            "Multiline",
+            [_exactly(f"{tag}_stderr") for tag in largest.values()],
+        ],
+    }
+    if band:
+        for layer, tag in largest.items():
+            charts[f"{layer}: largest exponent, 95 % band"] = ["Margin", [tag, *_band_tags(_joined(prefix), layer)]]
+    return {"Lyapunov exponents": charts}
+
+
+def _exactly(tag: str) -> str:
+    """Return the regular expression that a chart of many lines finds ``tag`` by, and no longer one."""
+    return f"{re.escape(tag)}$"
+
+
+def _band_tags(prefix: str, layer: str) -> tuple[str, str]:
+    # Beside the exponents, not among them, where each would be a card of its own on the page that tells the story.
+    return f"{prefix}lyapunov_band/{layer}/lower", f"{prefix}lyapunov_band/{layer}/upper"
+
+
+def _prefix_of(logger: Any) -> str:
+    """Return what the logger puts before the keys of the scalars; its experiment would not."""
+    prefix = getattr(logger, "_prefix", "")
+    return _joined(prefix) if isinstance(prefix, str) else ""
+
+
+def _joined(prefix: str) -> str:
+    return f"{prefix}-" if prefix else ""  # Lightning's `LOGGER_JOIN_CHAR`
+
+
+def _add_numbers(
+    logger: Any, layer: str, spectrum: NDArray[Any], half_width: NDArray[Any], step: int, band: bool
+) -> None:
+    experiment: Any = getattr(logger, "experiment", None)
+    prefix, known = _prefix_of(logger), spectrum[resolved(spectrum)]
+    if hasattr(experiment, "add_histogram") and len(known):
+        experiment.add_histogram(f"{prefix}lyapunov/{layer}/spectrum", known, step)
+    if band and hasattr(experiment, "add_scalar"):
+        for tag, bound in zip(_band_tags(prefix, layer), (-half_width[0], half_width[0]), strict=True):
+            experiment.add_scalar(tag, float(spectrum[0] + bound), step)
+
+
+def _picture_call(logger: Any) -> Callable[[str, NDArray[np.uint8], int], Any] | None:
+    """Return the call by which a logger is shown a picture, ``(tag, picture, step)``; None for one that takes none."""
+    experiment: Any = getattr(logger, "experiment", None)
+    prefix = _prefix_of(logger)
+    if hasattr(experiment, "add_image"):  # TensorBoard
+        return lambda tag, picture, step: experiment.add_image(prefix + tag, picture, step, dataformats="HWC")
+    # W&B. Its own step counts calls; the logger keeps ours beside it and puts its prefix before, as for scalars.
+    if hasattr(logger, "log_image"):
+        return lambda tag, picture, step: logger.log_image(tag, [picture], step=step)
+    if hasattr(experiment, "log_image") and hasattr(logger, "run_id"):
+        run_id = logger.run_id
+        return lambda tag, picture, step: _add_to_mlflow(experiment.log_image, run_id, prefix + tag, picture, step)
+    return None
+
+
+def _add_to_mlflow(log_image: Callable[..., Any], run_id: str, tag: str, picture: NDArray[np.uint8], step: int) -> None:
+    # What MLflow refuses in a name, Lightning's logger leaves out of those of the scalars, too.
+    key = re.sub("[^a-zA-Z0-9_/. -]+", "", tag)
+    if "key" in inspect.signature(log_image).parameters:
+        log_image(run_id, picture, key=key, step=step)
+    else:  # an older MLflow, which has files only
+        log_image(run_id, picture, f"{key}/{step:08d}.png")
+
+
+def _takes_numbers_only(logger: Any) -> bool:
+    return hasattr(getattr(logger, "experiment", None), "metrics_file_path")  # CSV
