@@ -1,4 +1,19 @@
-"""Watch the Lyapunov spectrum of a recurrent network while it trains."""
+"""Watch the Lyapunov spectrum of a recurrent network while it trains.
+
+Lyapunov exponents are the rates, in nats per step, at which small changes of a network's state grow (> 0) or fade (< 0)
+along its input. Gradients that flow back through time grow and fade at the same rates.
+
+The names that matter:
+
+- :class:`LyapunovMonitor`, a Lightning callback: logs the spectrum of every recurrent layer of a model.
+- :class:`InstabilityStopping`, a callback: ends a run whose dynamics have become unstable.
+- :func:`lyapunov_spectrum`: the spectrum of a recurrent module or of any map, without Lightning.
+- :func:`jacobians`: the Jacobian of the state after each step by the state before it.
+- :func:`register_layer`: how to step a recurrent layer of your own.
+- :func:`kaplan_yorke_dimension` and :func:`kolmogorov_sinai_entropy`: numbers read off a spectrum.
+- :class:`LyapunovSpectrum` and :func:`lyapunov_metrics`: the same as torchmetrics, over many sequences.
+- :func:`lyapunov_layout`: charts for TensorBoard's tab "Custom Scalars".
+"""
 
 from lightning_lyapunov.callbacks.monitor import LyapunovMonitor
 from lightning_lyapunov.callbacks.stopping import InstabilityStopping
@@ -23,6 +38,8 @@ from lightning_lyapunov.metrics import (
 )
 from lightning_lyapunov.reporting.loggers import lyapunov_layout
 
+__version__ = "0.1.0"
+
 __all__ = [
     "EXPONENT_FLOOR",
     "InstabilityStopping",
@@ -39,6 +56,7 @@ __all__ = [
     "NumFlooredExponents",
     "NumPositiveExponents",
     "ShareNearZero",
+    "__version__",
     "jacobians",
     "kaplan_yorke_dimension",
     "kolmogorov_sinai_entropy",

@@ -1,4 +1,4 @@
-"""The plain functions: a recurrent module or a callable in, its Lyapunov spectrum or its Jacobians out."""
+"""The Lyapunov spectrum and the Jacobians of a recurrent module or a callable, without Lightning."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -51,7 +51,7 @@ def lyapunov_spectrum(
         num_exponents: how many of the largest exponents to compute; None for all.
         warmup: steps that move the state and the frame and are not averaged.
         qr_interval: steps between two re-orthonormalisations; ``"auto"`` takes as many as the spread of the spectrum
-            allows. It changes the cost and not the result: what an interval cannot resolve is done again step by step.
+            allows. It changes the cost, not the result: an interval that is too long is repeated in shorter ones.
         dtype: dtype of the products with the frame. None: float32, or float64 for float64 weights; for a callable, that
             of ``state``. Trajectories, factorisations and sums are float64 where the device has it, and so are steps
             that float32 cannot resolve. A callable is called in ``dtype``: give it a float64 ``state`` where one step
@@ -129,8 +129,8 @@ def jacobians(
 ) -> Tensor:
     """Compute the Jacobian of the state after each step by the state before it, by reverse-mode differentiation.
 
-    The state of a stack of layers is that of its cells one after the other, ``(h, c)`` for each cell of an LSTM. This
-    is the plain way, vmapped over sequences and time: for whoever wants the matrices, and to check the spectrum by.
+    The state of a stack of layers is that of its cells one after the other, ``(h, c)`` for each cell of an LSTM. The
+    Jacobians are computed by ``vmap(jacrev)`` over sequences and time, independently of the closed forms.
 
     Args:
         dynamics: as in :func:`lyapunov_spectrum`.

@@ -5,7 +5,7 @@ split of the data over batches or processes gives the same result.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_lyapunov.invariants import kaplan_yorke_dimension, kolmogorov_sinai_entropy, num_positive
 from lightning_lyapunov.kernel.propagation import EXPONENT_FLOOR
+from lightning_lyapunov.moments import Estimates, SpectrumMetric
 
 __all__ = [
     "KaplanYorkeDimension",
@@ -33,85 +34,7 @@ __all__ = [
 ]
 
 
-class _Estimate(NamedTuple):
-    """Exponents and their errors, ``(num_exponents,)``, largest first; how many samples; mean steps of a sequence."""
-
-    spectrum: Tensor
-    stderr: Tensor
-    samples: Tensor
-    steps: Tensor
-
-
-class _SpectrumMetric(Metric):
-    """The shared state. Exponents of sequences of different lengths weigh by their steps (a ratio estimate).
-
-    Args:
-        num_exponents: number of exponents of each spectrum.
-        kwargs: see :class:`torchmetrics.Metric`.
-
-    Raises:
-        ValueError: if ``num_exponents`` is not a positive integer.
-    """
-
-    is_differentiable = False
-    higher_is_better: bool | None = None
-    full_state_update = False
-    moments: Tensor
-
-    def __init__(self, num_exponents: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if not isinstance(num_exponents, int) or num_exponents < 1:
-            raise ValueError(f"Expected argument `num_exponents` to be a positive integer but got {num_exponents}.")
-        self.num_exponents = num_exponents
-        # Rows: growth, growth^2, growth x steps, steps, steps^2, samples, sequences. In float64, because the variance
-        # is what is left of a difference.
-        self.add_state("moments", torch.zeros(7, num_exponents, dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, spectrum: Tensor, steps: Tensor | float = 1.0, segments: int = 1) -> None:
-        """Add spectra.
-
-        Args:
-            spectrum: exponents of some sequences, nats per step, ``(batch, num_exponents)``. Columns are averaged as
-                they come and sorted afterwards. What is at the floor, or below, counts as minus infinity.
-            steps: the steps that each was averaged over, ``(batch,)`` or one number. A sequence of none is ignored.
-            segments: 1 for spectra of whole sequences; otherwise of so many stretches of each: they are samples for the
-                error, and a sequence is as long as all of its stretches.
-
-        Raises:
-            ValueError: if ``spectrum`` is not ``(batch, num_exponents)``.
-        """
-        if spectrum.ndim != 2 or spectrum.shape[1] != self.num_exponents:
-            raise ValueError(
-                f"Expected argument `spectrum` to be of shape (batch, {self.num_exponents}) "
-                f"but got {tuple(spectrum.shape)}."
-            )
-        spectrum = spectrum.detach().to(self.moments)
-        steps = torch.as_tensor(steps).to(self.moments).expand(len(spectrum)).unsqueeze(-1).expand_as(spectrum)
-        growth = spectrum.masked_fill(spectrum <= EXPONENT_FLOOR, -math.inf) * steps
-        ones = torch.ones_like(steps)
-        rows = torch.stack((growth, growth.square(), growth * steps, steps, steps.square(), ones, ones / segments))
-        self.moments += rows.masked_fill(steps <= 0, 0).sum(1)
-
-    def _estimate(self) -> _Estimate:
-        growth, growth_sq, growth_steps, steps, steps_sq, count, sequences = self.moments
-        mean = growth / steps
-        deviations = (growth_sq - 2 * mean * growth_steps + mean.square() * steps_sq).clamp(min=0)
-        stderr = (deviations * count / (count - 1)).sqrt() / steps
-        stderr = stderr.masked_fill(count < 2, math.nan).masked_fill(mean.isneginf(), 0)
-        spectrum, order = mean.clamp(min=EXPONENT_FLOOR).sort(descending=True)
-        samples = count.masked_fill(steps.isnan(), math.nan)
-        return _Estimate(spectrum, stderr[order], samples[0], (steps / sequences)[0])
-
-    def compute(self) -> Any:
-        """Return what the class stands for; NaN before the first update."""
-        return self._read(self._estimate())
-
-    @staticmethod
-    def _read(estimate: _Estimate) -> Any:
-        raise NotImplementedError
-
-
-class _VectorMetric(_SpectrumMetric):
+class _VectorMetric(SpectrumMetric):
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot the value, or several values, over the index of the exponent.
 
@@ -139,6 +62,10 @@ class _VectorMetric(_SpectrumMetric):
 class LyapunovSpectrum(_VectorMetric):
     """The Lyapunov spectrum of a set of sequences, ``(num_exponents,)``, largest first, in nats per step.
 
+    Args:
+        num_exponents: number of exponents of each spectrum.
+        kwargs: see :class:`torchmetrics.Metric`.
+
     Example::
 
         >>> from torch import tensor
@@ -149,11 +76,11 @@ class LyapunovSpectrum(_VectorMetric):
     """
 
     @staticmethod
-    def _read(estimate: _Estimate) -> Tensor:
-        return estimate.spectrum
+    def read(estimates: Estimates) -> Tensor:
+        return estimates.spectrum
 
 
-class _ScalarMetric(_SpectrumMetric):
+class _ScalarMetric(SpectrumMetric):
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot the value, or several values over their step; see :meth:`torchmetrics.Metric.plot`."""
         return self._plot(val, ax)
@@ -163,6 +90,10 @@ class LyapunovStandardError(_VectorMetric):
     """The standard error of each exponent of :class:`LyapunovSpectrum` over the sequences, ``(num_exponents,)``.
 
     NaN for fewer than two sequences, 0 for an exponent at the floor.
+
+    Args:
+        num_exponents: number of exponents of each spectrum.
+        kwargs: see :class:`torchmetrics.Metric`.
 
     Example::
 
@@ -174,12 +105,16 @@ class LyapunovStandardError(_VectorMetric):
     """
 
     @staticmethod
-    def _read(estimate: _Estimate) -> Tensor:
-        return estimate.stderr
+    def read(estimates: Estimates) -> Tensor:
+        return estimates.stderr
 
 
 class MaximalLyapunovExponent(_ScalarMetric):
     """The largest exponent, in nats per step: perturbations and gradients grow (> 0) or fade (< 0) at this rate.
+
+    Args:
+        num_exponents: number of exponents of each spectrum.
+        kwargs: see :class:`torchmetrics.Metric`.
 
     Example::
 
@@ -193,12 +128,16 @@ class MaximalLyapunovExponent(_ScalarMetric):
     higher_is_better = False
 
     @staticmethod
-    def _read(estimate: _Estimate) -> Tensor:
-        return estimate.spectrum[0]
+    def read(estimates: Estimates) -> Tensor:
+        return estimates.spectrum[0]
 
 
 class MaximalLyapunovStandardError(_ScalarMetric):
     """The standard error of the largest exponent over the sequences; NaN for fewer than two.
+
+    Args:
+        num_exponents: number of exponents of each spectrum.
+        kwargs: see :class:`torchmetrics.Metric`.
 
     Example::
 
@@ -212,12 +151,16 @@ class MaximalLyapunovStandardError(_ScalarMetric):
     higher_is_better = False
 
     @staticmethod
-    def _read(estimate: _Estimate) -> Tensor:
-        return estimate.stderr[0]
+    def read(estimates: Estimates) -> Tensor:
+        return estimates.stderr[0]
 
 
 class MeanLyapunovExponent(_ScalarMetric):
     """The mean of the exponents; for a full spectrum, the mean log-volume change per step and direction.
+
+    Args:
+        num_exponents: number of exponents of each spectrum.
+        kwargs: see :class:`torchmetrics.Metric`.
 
     Example::
 
@@ -229,12 +172,16 @@ class MeanLyapunovExponent(_ScalarMetric):
     """
 
     @staticmethod
-    def _read(estimate: _Estimate) -> Tensor:
-        return estimate.spectrum.mean()
+    def read(estimates: Estimates) -> Tensor:
+        return estimates.spectrum.mean()
 
 
 class KaplanYorkeDimension(_ScalarMetric):
     """:func:`~lightning_lyapunov.kaplan_yorke_dimension` of the mean spectrum.
+
+    Args:
+        num_exponents: number of exponents of each spectrum.
+        kwargs: see :class:`torchmetrics.Metric`.
 
     Example::
 
@@ -246,12 +193,16 @@ class KaplanYorkeDimension(_ScalarMetric):
     """
 
     @staticmethod
-    def _read(estimate: _Estimate) -> Tensor:
-        return kaplan_yorke_dimension(estimate.spectrum)
+    def read(estimates: Estimates) -> Tensor:
+        return kaplan_yorke_dimension(estimates.spectrum)
 
 
 class KolmogorovSinaiEntropy(_ScalarMetric):
     """:func:`~lightning_lyapunov.kolmogorov_sinai_entropy` of the mean spectrum, in nats per step.
+
+    Args:
+        num_exponents: number of exponents of each spectrum.
+        kwargs: see :class:`torchmetrics.Metric`.
 
     Example::
 
@@ -263,12 +214,16 @@ class KolmogorovSinaiEntropy(_ScalarMetric):
     """
 
     @staticmethod
-    def _read(estimate: _Estimate) -> Tensor:
-        return kolmogorov_sinai_entropy(estimate.spectrum)
+    def read(estimates: Estimates) -> Tensor:
+        return kolmogorov_sinai_entropy(estimates.spectrum)
 
 
 class NumPositiveExponents(_ScalarMetric):
     """How many directions grow.
+
+    Args:
+        num_exponents: number of exponents of each spectrum.
+        kwargs: see :class:`torchmetrics.Metric`.
 
     Example::
 
@@ -280,12 +235,16 @@ class NumPositiveExponents(_ScalarMetric):
     """
 
     @staticmethod
-    def _read(estimate: _Estimate) -> Tensor:
-        return num_positive(estimate.spectrum)
+    def read(estimates: Estimates) -> Tensor:
+        return num_positive(estimates.spectrum)
 
 
 class NumFlooredExponents(_ScalarMetric):
     """How many directions are wiped out: their exponents are at the floor.
+
+    Args:
+        num_exponents: number of exponents of each spectrum.
+        kwargs: see :class:`torchmetrics.Metric`.
 
     Example::
 
@@ -299,13 +258,17 @@ class NumFlooredExponents(_ScalarMetric):
     higher_is_better = False
 
     @staticmethod
-    def _read(estimate: _Estimate) -> Tensor:
-        spectrum = estimate.spectrum
+    def read(estimates: Estimates) -> Tensor:
+        spectrum = estimates.spectrum
         return (spectrum <= EXPONENT_FLOOR).float().sum().masked_fill(spectrum.isnan().any(), math.nan)
 
 
 class NumSequences(_ScalarMetric):
     """How many sequences, or stretches of one, the others are from; NaN if the steps of one are: it was not measured.
+
+    Args:
+        num_exponents: number of exponents of each spectrum.
+        kwargs: see :class:`torchmetrics.Metric`.
 
     Example::
 
@@ -317,12 +280,16 @@ class NumSequences(_ScalarMetric):
     """
 
     @staticmethod
-    def _read(estimate: _Estimate) -> Tensor:
-        return estimate.samples
+    def read(estimates: Estimates) -> Tensor:
+        return estimates.samples
 
 
 class Log10GradientGain(_ScalarMetric):
     r"""The decades by which a gradient grows (+) or fades (-) over the steps averaged: ``lambda_1 T / ln 10``.
+
+    Args:
+        num_exponents: number of exponents of each spectrum.
+        kwargs: see :class:`torchmetrics.Metric`.
 
     Example::
 
@@ -334,8 +301,8 @@ class Log10GradientGain(_ScalarMetric):
     """
 
     @staticmethod
-    def _read(estimate: _Estimate) -> Tensor:
-        return estimate.spectrum[0] * estimate.steps / math.log(10)
+    def read(estimates: Estimates) -> Tensor:
+        return estimates.spectrum[0] * estimates.steps / math.log(10)
 
 
 class MemorySteps(_ScalarMetric):
@@ -345,6 +312,10 @@ class MemorySteps(_ScalarMetric):
     is known: an exponent that is an average over ``T`` steps is off by the order of ``1 / T`` (measured over RNN, LSTM
     and GRU networks, 80 steps after 20 of warm-up: 0.01 to 1.6 times that). A value of the steps averaged therefore
     means so many or more.
+
+    Args:
+        num_exponents: number of exponents of each spectrum.
+        kwargs: see :class:`torchmetrics.Metric`.
 
     Example::
 
@@ -356,8 +327,8 @@ class MemorySteps(_ScalarMetric):
     """
 
     @staticmethod
-    def _read(estimate: _Estimate) -> Tensor:
-        return torch.minimum(1 / estimate.spectrum[0].abs(), estimate.steps)
+    def read(estimates: Estimates) -> Tensor:
+        return torch.minimum(1 / estimates.spectrum[0].abs(), estimates.steps)
 
 
 class ShareNearZero(_ScalarMetric):
@@ -365,6 +336,10 @@ class ShareNearZero(_ScalarMetric):
 
     Over those steps they change by less than a factor e, which is what so many steps can tell from no change; see
     :class:`MemorySteps`.
+
+    Args:
+        num_exponents: number of exponents of each spectrum.
+        kwargs: see :class:`torchmetrics.Metric`.
 
     Example::
 
@@ -376,12 +351,12 @@ class ShareNearZero(_ScalarMetric):
     """
 
     @staticmethod
-    def _read(estimate: _Estimate) -> Tensor:
-        folds = estimate.spectrum.abs() * estimate.steps
+    def read(estimates: Estimates) -> Tensor:
+        folds = estimates.spectrum.abs() * estimates.steps
         return (folds < 1).to(folds).mean().masked_fill(folds.isnan().any(), math.nan)
 
 
-_SUMMARY: dict[str, type[_SpectrumMetric]] = {
+_SUMMARY: dict[str, type[SpectrumMetric]] = {
     "max": MaximalLyapunovExponent,
     "max_stderr": MaximalLyapunovStandardError,
     "mean": MeanLyapunovExponent,
@@ -397,10 +372,14 @@ _SUMMARY: dict[str, type[_SpectrumMetric]] = {
 }
 
 
-class LyapunovSummary(_SpectrumMetric):
+class LyapunovSummary(SpectrumMetric):
     """The values of :func:`lyapunov_metrics` as a dictionary, without a collection's cost.
 
     A collection shares the state and yet gathers it over the processes once for each of its metrics.
+
+    Args:
+        num_exponents: number of exponents of each spectrum.
+        kwargs: see :class:`torchmetrics.Metric`.
 
     Example::
 
@@ -412,8 +391,8 @@ class LyapunovSummary(_SpectrumMetric):
     """
 
     @staticmethod
-    def _read(estimate: _Estimate) -> dict[str, Tensor]:
-        return {name: metric._read(estimate) for name, metric in _SUMMARY.items()}
+    def read(estimates: Estimates) -> dict[str, Tensor]:
+        return {name: metric.read(estimates) for name, metric in _SUMMARY.items()}
 
 
 def lyapunov_metrics(num_exponents: int, prefix: str | None = None) -> MetricCollection:

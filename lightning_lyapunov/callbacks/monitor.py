@@ -28,20 +28,21 @@ __all__ = ["LyapunovMonitor"]
 class LyapunovMonitor(Callback):
     r"""Log the Lyapunov spectrum of the recurrent layers of a model while it trains.
 
-    On a due batch the monitor copies a few of the sequences that each recurrent layer is called with, follows the
-    layer along them with its new weights, and logs how fast perturbations grow or fade. It changes nothing of the run:
-    it draws no random number, makes no gradient, calls no code of the user's and leaves no hook behind.
+    The monitor measures at the first training batch, and by default at the end of every epoch. On such a batch it
+    copies a few of the input sequences of each recurrent layer. After the batch it follows the layer along them, with
+    the new weights, and logs how fast perturbations grow or fade. The run itself is not changed: the monitor draws no
+    random numbers, computes no gradients of the model and leaves no hook behind.
 
-    The first value comes at the first training batch, so ``EarlyStopping`` and ``ModelCheckpoint`` find
-    ``"lyapunov/max"`` whatever their settings and their place in the list of callbacks.
+    ``EarlyStopping`` and ``ModelCheckpoint`` find ``"lyapunov/max"`` whatever their settings and their place in the
+    list of callbacks, because it is there from the first training batch on.
 
     Args:
         modules: dotted name or names of the layers to watch, as in ``named_modules()``; None for every recurrent layer.
-        every_n_epochs: measure at the end of every so many epochs. Where no schedule is given: 1.
-        every_n_train_steps: measure every so many optimizer steps. Both schedules may be given.
+        every_n_epochs: measure at the end of every ``n``-th epoch; 1 if no schedule is given.
+        every_n_train_steps: measure every ``n`` optimizer steps. Both schedules may be given.
         num_sequences: sequences per measurement and rank.
-        max_steps: the longest stretch of a sequence that is used, from its start.
-        num_exponents: how many of the largest exponents to compute for each cell (all, if it has fewer); None for all.
+        max_steps: the number of steps of a sequence that are used, from its start.
+        num_exponents: how many of the largest exponents to compute for each cell; None for all.
         warmup: steps at the start of each sequence that are not averaged, at most half of the longest; None for 50.
         qr_interval: see :func:`~lightning_lyapunov.lyapunov_spectrum`.
         dtype: see :func:`~lightning_lyapunov.lyapunov_spectrum`.
@@ -49,25 +50,27 @@ class LyapunovMonitor(Callback):
         log_band: log the 95 % confidence band of the largest exponent of each cell to TensorBoard, too, as
             ``"lyapunov_band/<layer>/lower"`` and ``".../upper"``, for the charts of
             :func:`~lightning_lyapunov.lyapunov_layout`.
-        strict: raise what goes wrong in a measurement, instead of warning once and logging NaN.
+        strict: raise an error of a measurement, instead of warning once and logging NaN.
         max_overhead: the largest share of the time since the first training batch that measuring may take, such as
-            0.01. The first batch is always measured. A measurement that would exceed the share, if it took as long as
-            the last one, waits for the first batch at which it fits, and that of an epoch's end for one of a later
-            epoch; until then every value stays what it was. The clock of rank 0 decides for all ranks. None to keep
-            to the schedule: a warning says so if measuring takes more than a tenth of a time that matters.
+            0.01. The first batch is always measured. A due measurement waits until the share allows it, assuming that
+            it takes as long as the last one; meanwhile the last values stay. The clock of rank 0 decides for all
+            ranks. None: no limit, and a warning if measuring takes more than 30 s and more than a tenth of the time.
 
     Attributes:
-        estimates: the last measurement of each ``"lyapunov/<layer>/max"``, and of ``"lyapunov/max"``, as an
-            :class:`Estimate`.
+        estimates: the last measurement of each ``"lyapunov/<layer>/max"``, and of ``"lyapunov/max"``: value, standard
+            error, number of sequences, layer and step.
+        growth_of: computes the growth of the cells of a layer: :func:`~lightning_lyapunov.functional.layer_growth`. A
+            subclass may replace it.
 
     Raises:
         ValueError: if an argument is out of range; at the start of a fit, if the model has no layer of a name in
             ``modules``, or no recurrent layer.
+        TypeError: if ``modules`` is no name and no list of names.
 
-    The defaults are measured (``tests/benchmarks/bench_monitor.py``), on initialised and trained RNN, GRU and LSTM
-    layers of 64 units, against a run of 10,000 steps: the largest exponent of 100 steps after 50 is off by at most
-    0.005 nats per step, about the standard error of 16 sequences. After 20 it is off by up to 0.02, in 50 steps by up
-    to 0.04; 250 steps are off by 0.001 and take two and a half times as long.
+    The defaults follow from measurements (``tests/benchmarks/bench_monitor.py``) on initialised and trained RNN, GRU
+    and LSTM layers of 64 units, against runs of 10,000 steps. With 100 steps and a warm-up of 50, the largest exponent
+    is off by at most 0.005 nats per step, which is about the standard error of 16 sequences. With a warm-up of 20 it is
+    off by up to 0.02, with 50 steps by up to 0.04, with 250 steps by 0.001 at two and a half times the cost.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""How much of a run's time goes into measuring, and how long to wait until one more measurement fits into a share."""
+"""The share of a run's time that measuring takes, and how long to wait until one more measurement fits in a budget."""
 
 import math
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import torch
 
 __all__ = ["Overhead"]
 
-# What is said unasked must matter: nobody misses half a minute, and one measurement is no habit.
+# Warn only above 30 s, two measurements and 10 % of the run: below, nobody would change anything.
 _WARN_SECONDS, _WARN_MEASUREMENTS, _WARN_SHARE = 30.0, 2, 0.1
 
 
@@ -17,14 +17,15 @@ class Overhead:
     """The time since the first batch, and the part of it that measurements took.
 
     Args:
-        device: where they run. It is waited for at both ends of what is timed: a GPU works on when a call has returned.
+        device: where they run. It is synchronised before and after what is timed, because a GPU works on after a call
+            has returned.
 
     Attributes:
         num_batches: how many batches have started.
     """
 
     def __init__(self, device: torch.device) -> None:
-        # Of the kinds of devices that torch does not hold a module for, the work is timed as it is handed over.
+        # Where torch has no module for the kind of device, there is nothing to synchronise.
         self._synchronize = getattr(getattr(torch, device.type, None), "synchronize", lambda: None)
         self.num_batches, self._start = 0, math.nan
         self._measurements, self._spent, self._first, self._last = 0, 0.0, 0.0, 0.0
@@ -58,9 +59,9 @@ class Overhead:
         return perf_counter()
 
     def batches_to_wait(self, share: float) -> int:
-        """Return after how many batches, by their mean time, one more measurement like the last one fits in ``share``.
+        """Return after how many batches, of their mean time so far, one more measurement fits in ``share``.
 
-        Not more than there were so far, of which the mean is known.
+        The measurement is taken to last as long as the last one. The answer is at most the number of batches so far.
         """
         done, elapsed = self.num_batches - 1, perf_counter() - self._start
         missing = (self._spent + self._last) / share - self._last - elapsed
@@ -70,7 +71,7 @@ class Overhead:
         return min(math.ceil(missing / seconds), done)
 
     def warning_message(self) -> str | None:
-        """Return what to say if measuring takes a large share of a time that matters.
+        """Return the warning to give if measuring takes a large share of the run, else None.
 
         The first measurement does not count: it may compile something, or load a library.
         """

@@ -1,4 +1,4 @@
-"""``InstabilityStopping``: end a run whose dynamics have become unstable, and not one that only looks so by chance."""
+"""``InstabilityStopping``: end a run whose dynamics have become unstable."""
 
 import math
 import re
@@ -15,21 +15,20 @@ __all__ = ["InstabilityStopping"]
 
 
 class InstabilityStopping(EarlyStopping):
-    """Stop training when a Lyapunov exponent is above a threshold beyond doubt.
+    """Stop training when the lower confidence bound of a Lyapunov exponent exceeds a threshold.
 
-    It reads what a :class:`LyapunovMonitor` among the callbacks measures, and counts measurements, not epochs. A
-    measurement counts against the run if the lower confidence bound of the exponent is above the threshold: ``value - t
-    stderr``, with Student's quantile for the number of sequences. It is a subclass of Lightning's ``EarlyStopping``, so
-    that Lightning orders it as one.
+    The rule reads the measurements of a :class:`LyapunovMonitor` among the callbacks. It counts measurements, not
+    epochs. The lower confidence bound is ``value - t * stderr``, with Student's quantile ``t`` for the number of
+    sequences. The class is a subclass of Lightning's ``EarlyStopping``, so that Lightning orders it as one.
 
     Args:
         threshold: the exponent, in nats per step, above which the dynamics count as unstable.
         patience: how many measurements in a row must be above the threshold.
-        confidence: the probability that a measurement of an exponent at the threshold does not count, from 0.5 to 1.
+        confidence: the confidence of the bounds, from 0.5 to 1.
         monitor: the exponent to watch: ``"lyapunov/max"`` or ``"lyapunov/<layer>/max"``.
         lower_threshold: stop, too, when the upper confidence bound has been below this exponent for ``patience``
-            measurements, because the network's memory has died; None to let it.
-        verbose: say why in one sentence. It is kept in ``stopping_reason_message``.
+            measurements, because the network has lost its memory; None for no such rule.
+        verbose: log the reason in one sentence. It is kept in ``stopping_reason_message`` in any case.
 
     Raises:
         ValueError: if an argument is out of range; at the start of a fit, if no callback is a ``LyapunovMonitor``; at
@@ -93,7 +92,7 @@ class InstabilityStopping(EarlyStopping):
         """Do nothing: there is no measurement between two batches."""
 
     def _check(self, trainer: Any) -> None:
-        """Judge the last measurement, once, until a stop. It is the same on every rank, as is the number of calls."""
+        """Judge the last measurement, once. It is the same on every rank, and so is the number of calls."""
         estimate = self._newest(trainer)
         stopped = self.stopping_reason != EarlyStoppingReason.NOT_STOPPED
         if estimate is None or estimate is self._seen or stopped or trainer.fast_dev_run:
@@ -128,7 +127,7 @@ class InstabilityStopping(EarlyStopping):
         return max(found, key=lambda estimate: estimate.step, default=None)
 
     def _judge(self, estimate: Estimate) -> str:
-        """Return on which side of the thresholds the exponent is beyond doubt; nothing if on none."""
+        """Return the side of the thresholds on which the whole confidence interval lies; "" if on none."""
         if not math.isfinite(estimate.value):
             return "not finite"
         margin = student_t_quantile(self.confidence, estimate.num_sequences - 1) * estimate.stderr

@@ -17,10 +17,9 @@ _MAX_ROWS = 64
 class AutodiffRecurrence(Recurrence):
     """A function ``step(state, input) -> state`` without a closed form, differentiated by PyTorch.
 
-    Many tangents are pushed forward by Jacobians, of several steps at once, in reverse mode; few by forward mode, one
-    product for each vector and the batch as it is. Where a part of the step has no batching rule or forward derivative,
-    by the other of the two, and where it has neither, by one backward pass for each component of the state. The first
-    that works is kept.
+    Three strategies push tangent vectors forward: Jacobians in reverse mode, several steps at once, for many vectors;
+    forward mode, one product for each vector, for few; one backward pass for each component of the state, where a part
+    of the step has neither a batching rule nor a forward derivative. The first strategy that works is kept.
     """
 
     def __init__(self, step: Callable[[Tensor, Tensor], Tensor], state_size: int) -> None:

@@ -1,4 +1,4 @@
-"""What a recurrent layer is: its calls are sequences, and each of its cells is a recurrence that they drive."""
+"""A recurrent layer: its calls are sequences, and each of its cells is a recurrence that they drive."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -61,11 +61,11 @@ class RecurrentLayer(ABC):
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype | None:
-        """The dtype of the weights; None where there are none to know of."""
+        """The dtype of the weights; None where none are known."""
 
     @abstractmethod
     def read(self, inputs: Any, state: Any = None) -> Sequences:
-        """Return as sequences what :func:`~lightning_lyapunov.lyapunov_spectrum` is called with."""
+        """Return the arguments of :func:`~lightning_lyapunov.lyapunov_spectrum` as sequences."""
 
     @abstractmethod
     def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call | None:
@@ -73,7 +73,7 @@ class RecurrentLayer(ABC):
 
     @abstractmethod
     def drive(self, sequences: Sequences) -> Iterator[DrivenCell]:
-        """Yield each cell with what drives it."""
+        """Yield each cell with its inputs and its first state."""
 
 
 def check_tensor(name: str, value: Any, size: int | None = None) -> None:

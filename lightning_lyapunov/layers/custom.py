@@ -1,4 +1,4 @@
-"""Recurrent layers that PyTorch does not know: any module, or plain callable, that maps a state to the next."""
+"""Recurrent layers of the user: any module, or plain callable, that maps a state to the next."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -215,7 +215,7 @@ def _frozen_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Return a copy. What ``fully_shard`` was called on has a class that refuses to be copied: it gets its own back."""
+    """Return a copy. ``fully_shard`` installs a class that forbids deepcopy: restore the original class on the copy."""
     units: list[Any] = [part for part in module.modules() if hasattr(part, "unshard")]
     for unit in units:
         own = next(kind for kind in type(unit).__mro__ if not kind.__module__.startswith("torch.distributed."))

@@ -1,4 +1,4 @@
-"""Which recurrent layer a module is, which ones the user taught, and which are refused."""
+"""Which recurrent layer a module is: torch's, a registered one, or one that is refused."""
 
 from collections.abc import Callable
 from inspect import Parameter, signature
@@ -18,7 +18,7 @@ _registered: dict[type[nn.Module], tuple[Step, Callable[..., tuple[Tensor, Any]]
 
 
 def register_layer(module_class: type[nn.Module], *, step: Step, read_call: Callable[..., tuple[Tensor, Any]]) -> None:
-    """Teach the package a recurrent layer that is not called as ``(input, state)``, one step at a time.
+    """Register a class of recurrent layers that are not called as ``(input, state)``, one step at a time.
 
     Modules of this class, and of its subclasses, are then found and measured like torch's own.
 
@@ -76,7 +76,7 @@ def as_layer(dynamics: nn.Module | Callable[[Tensor, Tensor], Tensor]) -> Recurr
     if not _takes_two(module.forward):
         raise TypeError(
             f"{type(module).__name__} is no recurrent layer: it is not called as (input, state). Pass one of its "
-            "recurrent layers, a callable `step(state, input) -> state`, or teach it with `register_layer`."
+            "recurrent layers, a callable `step(state, input) -> state`, or register its class with `register_layer`."
         )
     return CustomLayer(module)
 

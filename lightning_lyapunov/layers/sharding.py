@@ -1,4 +1,4 @@
-"""Weights that are spread over processes: gathered where they can be, and found out where they cannot."""
+"""Weights that are spread over processes: gather those that can be gathered, detect those that cannot."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,18 +11,18 @@ __all__ = ["full_tensor", "gathered", "missing_weight"]
 
 
 def full_tensor(value: Any) -> Any:
-    """Return a ``DTensor`` as the plain tensor that it is over all of its processes, anything else as it is.
+    """Return the plain tensor of a ``DTensor``, gathered from its processes, and anything else unchanged.
 
-    All of these processes must call it.
+    The call is collective: all processes of the ``DTensor`` must make it.
     """
     return value.detach().full_tensor() if hasattr(value, "full_tensor") else value
 
 
 @contextmanager
 def gathered(module: nn.Module | None) -> Iterator[None]:
-    """Let a module hold plain tensors in place of each ``DTensor``: of ``fully_shard``, of ``parallelize_module``.
+    """Replace each ``DTensor`` of a module, of ``fully_shard`` or ``parallelize_module``, by a plain tensor meanwhile.
 
-    All processes of these must enter it. It touches nothing, and waits for nobody, where there is no ``DTensor``.
+    The call is collective over the processes of each ``DTensor``. Without a ``DTensor`` it does nothing.
     """
     parts = [] if module is None else module.modules()
     tables: list[dict[str, Any]] = [table for part in parts for table in (part._parameters, part._buffers)]
@@ -44,7 +44,7 @@ def missing_weight(module: nn.Module) -> str | None:
     The answer is the same in all processes for the shards of DeepSpeed and of ``FullyShardedDataParallel``.
     """
     flat = [(name, weight) for name, weight in module.named_parameters() if hasattr(weight, "_fsdp_flattened")]
-    # A process may hold all of one weight, and nothing of another, but in no case as a matrix.
+    # A process may hold all of one weight and nothing of another, but never a matrix.
     if flat and all(weight.ndim == 1 for _, weight in flat):
         return flat[0][0]
     for name, weight in module.named_parameters():
@@ -54,7 +54,7 @@ def missing_weight(module: nn.Module) -> str | None:
 
 
 def _is_freed(value: Any) -> bool:
-    """Return whether a tensor has lost its memory: reading it would end the process.
+    """Return whether a tensor has lost its memory, so that reading it would end the process.
 
     With ``use_orig_params=False``, ``FullyShardedDataParallel`` leaves such tensors in the place of the parameters.
     """

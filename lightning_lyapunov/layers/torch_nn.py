@@ -67,8 +67,7 @@ class StackedLayer(RecurrentLayer):
         return states.unsqueeze(1) if batch is None else states
 
     def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
-        # Subclasses may name the input otherwise, or take more: of theirs, `lengths` says how much of a padded batch is
-        # data.
+        # Subclasses may name the input differently, or take more: `lengths` tells how much of a padded batch is data.
         arguments = _by_name(self.module.forward, args, kwargs)
         inputs = arguments["input"] if "input" in arguments else next(iter(arguments.values()))
         lengths = arguments.get("lengths")
@@ -151,15 +150,15 @@ def _closed_form(module: nn.Module, mode: str, suffix: str, like: Tensor) -> Rec
     def weight(kind: str) -> Tensor | None:
         name = kind + suffix
         if parametrize.is_parametrized(module, name):
-            # Reading it in training would leave a trace: the spectral norm then takes a step.
+            # Reading it in training mode would change the module: the spectral norm then takes a power iteration.
             value = copy.deepcopy(module.get_submodule(f"parametrizations.{name}")).eval()()
         elif hasattr(module, f"{name}_mask"):
-            # A pruned weight is refreshed at the next forward; until then its two factors are what is true.
+            # A pruned weight is refreshed at the next forward; until then only its two factors are up to date.
             value = getattr(module, f"{name}_orig") * getattr(module, f"{name}_mask")
         elif (value := getattr(module, name, None)) is None:
             return None
         value = value.detach().to(like)
-        # A gate would swallow an infinite bias: a network that is not finite has no spectrum.
+        # A saturated gate would hide an infinite bias: a network that is not finite has no spectrum.
         return value.where(value.isfinite().all(), torch.nan)
 
     weights = weight("weight_ih"), weight("weight_hh"), weight("bias_ih"), weight("bias_hh")
@@ -188,7 +187,7 @@ def _joined_state(state: Any, shapes: Sequence[tuple[int, ...]]) -> Tensor:
     for part, shape in zip(parts, shapes, strict=True):
         check_tensor("state", part)
         if tuple(part.shape) != shape:
-            raise ValueError(f"`state` must be {wanted}, but a tensor of shape {tuple(part.shape)} came.")
+            raise ValueError(f"`state` must be {wanted}, got shape {tuple(part.shape)}.")
     return torch.cat(tuple(parts), -1)
 
 

@@ -1,4 +1,4 @@
-"""What has been measured so far: kept at a bounded size, read from any checkpoint, written to tables."""
+"""The measurements so far: bounded in size, read from older and newer checkpoints, written to tables."""
 
 import csv
 import math
@@ -51,7 +51,7 @@ class History:
         }
 
     def load_state_dict(self, state: Any) -> None:
-        """Take what can be read of a saved history, in this layout, an older or a newer one, and warn of the rest."""
+        """Load a saved history of this, an older or a newer layout; warn of the parts that cannot be read."""
         self._cells, problems = {}, []
         if not isinstance(state, Mapping):
             state = {"history": state}
@@ -61,7 +61,7 @@ class History:
         for name, measurements in history.items():
             try:
                 self._cells[str(name)] = _read_cell(name, measurements, state)
-            except Exception as error:  # whatever it is, it is no reason to end a run
+            except Exception as error:  # a damaged history must not end a run
                 problems.append(f"{name}: {type(error).__name__}: {error}")
         if problems:
             warnings.warn(
@@ -86,7 +86,7 @@ class _Cell:
 
     def append(self, measurement: _Measurement) -> None:
         if (self.num_measured - 1) % self.interval:
-            self.kept.pop()  # it was there as the last one only
+            self.kept.pop()  # it was kept only because it was the last one
         self.kept.append(measurement)
         self.num_measured += 1
         self.thin()
@@ -122,7 +122,7 @@ def _read_cell(name: Any, measurements: Any, state: Mapping[str, Any]) -> _Cell:
         _Measurement(int(number), *rows) for number, *rows in zip(step.tolist(), spectrum, stderr, strict=True)
     ]
     interval, count = (_whole_number(state.get(key), name) for key in ("interval", "num_measured"))
-    # Where the two do not fit, or are not there, these count as all that was measured.
+    # If the two do not fit, or are missing, the kept measurements count as all of them.
     fits = interval and len(step) == len(range(0, count, interval)) + bool((count - 1) % interval)
     cell.interval, cell.num_measured = (interval, count) if fits else (1, len(step))
     cell.thin()

@@ -13,7 +13,7 @@ from lightning_lyapunov.reporting.pictures import current_spectrum_picture, reso
 
 __all__ = ["log_spectra", "lyapunov_layout"]
 
-# Of the normal distribution: where nothing is known of the number of sequences.
+# The quantile of the normal distribution, used where the number of sequences is not known.
 _QUANTILE = 1.96
 
 
@@ -103,7 +103,7 @@ def _exactly(tag: str) -> str:
 
 
 def _band_tags(prefix: str, layer: str) -> tuple[str, str]:
-    # Beside the exponents, not among them, where each would be a card of its own on the page that tells the story.
+    # In a group of their own, so that they are no cards among the exponents.
     return f"{prefix}lyapunov_band/{layer}/lower", f"{prefix}lyapunov_band/{layer}/upper"
 
 
@@ -135,7 +135,7 @@ def _picture_call(logger: Any) -> Callable[[str, NDArray[np.uint8], int], Any] |
     prefix = _prefix_of(logger)
     if hasattr(experiment, "add_image"):  # TensorBoard
         return lambda tag, picture, step: experiment.add_image(prefix + tag, picture, step, dataformats="HWC")
-    # W&B. Its own step counts calls; the logger keeps ours beside it and puts its prefix before, as for scalars.
+    # W&B: the logger keeps our step beside W&B's own and adds its prefix.
     if hasattr(logger, "log_image"):
         return lambda tag, picture, step: logger.log_image(tag, [picture], step=step)
     if hasattr(experiment, "log_image") and hasattr(logger, "run_id"):
@@ -145,7 +145,7 @@ def _picture_call(logger: Any) -> Callable[[str, NDArray[np.uint8], int], Any] |
 
 
 def _add_to_mlflow(log_image: Callable[..., Any], run_id: str, tag: str, picture: NDArray[np.uint8], step: int) -> None:
-    # What MLflow refuses in a name, Lightning's logger leaves out of those of the scalars, too.
+    # MLflow refuses these characters; Lightning's logger leaves them out of the names of scalars, too.
     key = re.sub("[^a-zA-Z0-9_/. -]+", "", tag)
     if "key" in inspect.signature(log_image).parameters:
         log_image(run_id, picture, key=key, step=step)

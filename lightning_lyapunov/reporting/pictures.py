@@ -88,7 +88,7 @@ def current_spectrum_picture(spectrum: NDArray[Any], half_width: NDArray[Any], t
 
 
 def _note(count: int, shown: int, errors: NDArray[Any], visible: float) -> str:
-    """Say what a stranger would miss: exponents, or a band that is there but no wider than the dots."""
+    """Explain what cannot be seen: exponents left out, or an error band narrower than the dots."""
     notes = [f"{count - shown} of {count} left out: wiped out or not finite"] * (shown < count)
     if shown and not len(errors):
         notes.append("error unknown")
@@ -98,7 +98,7 @@ def _note(count: int, shown: int, errors: NDArray[Any], visible: float) -> str:
 
 
 class _Plot:
-    """A white picture with room for a plot; places in it are shares of its width and height, from the left and top."""
+    """A picture with a plot; places in it are shares of the plot's width and height, from the left and the top."""
 
     def __init__(self, left: int, right: int) -> None:
         # Comes with tensorboard.
@@ -205,10 +205,10 @@ def _ticks(count: int, most: int) -> list[int]:
 
 
 def _range(values: NDArray[Any]) -> tuple[float, float]:
-    """Return limits around ``values`` and zero, with some room."""
+    """Return limits around ``values`` and zero, with a margin."""
     low, high = min(0.0, *values, 0.0), max(0.0, *values, 0.0)
-    room = 0.06 * (high - low) if high - low > 1e-3 else 1e-3
-    return low - room, high + room
+    margin = 0.06 * (high - low) if high - low > 1e-3 else 1e-3
+    return low - margin, high + margin
 
 
 def _round_numbers(low: float, high: float) -> list[float]:

@@ -1,0 +1,102 @@
+"""Sums over sequences, the state that all metrics share, and the spectrum that they give."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_lyapunov.kernel.propagation import EXPONENT_FLOOR
+
+__all__ = ["Estimates", "SpectrumMetric"]
+
+
+class Estimates(NamedTuple):
+    """Exponents and their standard errors.
+
+    Attributes:
+        spectrum: nats per step, ``(num_exponents,)``, largest first.
+        stderr: standard errors in the same order, ``(num_exponents,)``.
+        samples: the number of sequences, or segments of one.
+        steps: the mean number of averaged steps of a sequence.
+    """
+
+    spectrum: Tensor
+    stderr: Tensor
+    samples: Tensor
+    steps: Tensor
+
+
+class SpectrumMetric(Metric):
+    """A number read off a Lyapunov spectrum over many sequences.
+
+    The state is a table of sums over sequences. Exponents of sequences of different lengths weigh by their steps (a
+    ratio estimate).
+
+    Args:
+        num_exponents: number of exponents of each spectrum.
+        kwargs: see :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: if ``num_exponents`` is not a positive integer.
+    """
+
+    is_differentiable = False
+    higher_is_better: bool | None = None
+    full_state_update = False
+    moments: Tensor
+
+    def __init__(self, num_exponents: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not isinstance(num_exponents, int) or num_exponents < 1:
+            raise ValueError(f"Expected argument `num_exponents` to be a positive integer but got {num_exponents}.")
+        self.num_exponents = num_exponents
+        # Rows: growth, growth^2, growth x steps, steps, steps^2, samples, sequences. In float64, because the variance
+        # is a difference of large numbers.
+        self.add_state("moments", torch.zeros(7, num_exponents, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, spectrum: Tensor, steps: Tensor | float = 1.0, segments: int = 1) -> None:
+        """Add spectra.
+
+        Args:
+            spectrum: exponents of some sequences, nats per step, ``(batch, num_exponents)``. Columns are averaged as
+                they come and sorted afterwards. What is at the floor, or below, counts as minus infinity.
+            steps: the steps that each was averaged over, ``(batch,)`` or one number. One of no steps is ignored.
+            segments: 1 for spectra of whole sequences. Otherwise the number of segments of each sequence that the
+                spectra are from: each is a sample for the error, and a sequence is as long as all of its segments.
+
+        Raises:
+            ValueError: if ``spectrum`` is not ``(batch, num_exponents)``.
+        """
+        if spectrum.ndim != 2 or spectrum.shape[1] != self.num_exponents:
+            raise ValueError(
+                f"Expected argument `spectrum` to be of shape (batch, {self.num_exponents}) "
+                f"but got {tuple(spectrum.shape)}."
+            )
+        spectrum = spectrum.detach().to(self.moments)
+        steps = torch.as_tensor(steps).to(self.moments).expand(len(spectrum)).unsqueeze(-1).expand_as(spectrum)
+        growth = spectrum.masked_fill(spectrum <= EXPONENT_FLOOR, -math.inf) * steps
+        ones = torch.ones_like(steps)
+        rows = torch.stack((growth, growth.square(), growth * steps, steps, steps.square(), ones, ones / segments))
+        self.moments += rows.masked_fill(steps <= 0, 0).sum(1)
+
+    def estimates(self) -> Estimates:
+        """Return the mean spectrum and its standard errors; NaN before the first update."""
+        growth, growth_sq, growth_steps, steps, steps_sq, count, sequences = self.moments
+        mean = growth / steps
+        deviations = (growth_sq - 2 * mean * growth_steps + mean.square() * steps_sq).clamp(min=0)
+        stderr = (deviations * count / (count - 1)).sqrt() / steps
+        stderr = stderr.masked_fill(count < 2, math.nan).masked_fill(mean.isneginf(), 0)
+        spectrum, order = mean.clamp(min=EXPONENT_FLOOR).sort(descending=True)
+        samples = count.masked_fill(steps.isnan(), math.nan)
+        return Estimates(spectrum, stderr[order], samples[0], (steps / sequences)[0])
+
+    def compute(self) -> Any:
+        """Return the value of the metric; NaN before the first update."""
+        return self.read(self.estimates())
+
+    @staticmethod
+    def read(estimates: Estimates) -> Any:
+        """Return the value of the metric."""
+        raise NotImplementedError
