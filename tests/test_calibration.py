@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from helpers import leading_exponents
 from torch import nn
 
-from lightning_lyapunov.functional import layer_growth
-from lightning_lyapunov.layers.registry import as_layer
-from lightning_lyapunov.metrics import lyapunov_metrics, student_t_quantile
+from lightning_lyapunov.confidence import student_t_quantile
+from lightning_lyapunov.metrics import lyapunov_metrics
 
 REPEATS = 400
 
@@ -17,15 +17,6 @@ def driven(cell):
     gain = {"rnn": 5.0, "gru": 3.0, "lstm": 3.0}[cell]
     module.weight_hh_l0.data *= gain
     return module
-
-
-def exponents(module, sequences, *, steps, warmup, segments=1):
-    """Return the leading exponents of each stretch of each sequence, ``(segments, sequences, 2)``."""
-    layer = as_layer(module)
-    options = {"num_exponents": 2, "qr_interval": "auto", "dtype": torch.float32, "segments": segments}
-    inputs = torch.randn(steps, sequences, 2)
-    ((_, growth),) = layer_growth(layer, layer.read(inputs), warmup=warmup, **options)
-    return growth.total / growth.steps.unsqueeze(-1)
 
 
 def coverage(samples, truth):
@@ -43,9 +34,9 @@ def coverage(samples, truth):
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
 def test_the_interval_holds_the_exponent_of_a_long_run_as_often_as_it_says(cell):
     module = driven(cell)
-    truth = exponents(module, 64, steps=4000, warmup=500)[..., 0].mean()
+    truth = leading_exponents(module, 64, steps=4000, warmup=500)[..., 0].mean()
     # Windows long enough for the frame to forget where it started: what is left is the scatter.
-    samples = exponents(module, 64 * REPEATS, steps=200, warmup=100)[0]
+    samples = leading_exponents(module, 64 * REPEATS, steps=200, warmup=100)[0]
     for num_sequences in (8, 16, 64):
         share = coverage(samples[: num_sequences * REPEATS].view(REPEATS, num_sequences, 2), truth)
         assert 0.92 <= share <= 0.98, (num_sequences, share)
@@ -53,6 +44,6 @@ def test_the_interval_holds_the_exponent_of_a_long_run_as_often_as_it_says(cell)
 
 def test_the_error_of_one_long_sequence_comes_from_its_stretches():
     module = driven("rnn")
-    truth = exponents(module, 64, steps=4000, warmup=500)[..., 0].mean()
-    samples = exponents(module, 200, steps=1100, warmup=100, segments=8).transpose(0, 1)
+    truth = leading_exponents(module, 64, steps=4000, warmup=500)[..., 0].mean()
+    samples = leading_exponents(module, 200, steps=1100, warmup=100, segments=8).transpose(0, 1)
     assert 0.9 <= coverage(samples, truth) <= 0.98

@@ -3,13 +3,12 @@
 import math
 import re
 
-import naive
 import numpy as np
+import reference
 import torch
+from helpers import Regressor, Still, fit, keys_of, published, series
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from models import Regressor, fit, series
-from test_callback import keys_of, published
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -43,8 +42,8 @@ def cell_spectra(module, inputs, state, num_exponents, warmup):
             first = torch.cat([part[index].detach().double() for part in parts])
             driving = inputs.flip(0) if direction else inputs
             count = min(num_exponents or len(first), len(first))
-            found.append(naive.spectrum(naive.jacobians(cell, driving, first), count, warmup))
-            output = cell(driving, naive.unflatten(cell, first))[0].detach()
+            found.append(reference.spectrum(reference.jacobians(cell, driving, first), count, warmup))
+            output = cell(driving, reference.unflatten(cell, first))[0].detach()
             outputs.append(output.flip(0) if direction else output)
         inputs = torch.cat(outputs, -1)
     return torch.cat(found)
@@ -87,7 +86,7 @@ def calls(draw):
         "batch_first": draw(st.booleans()),
     }
     cell = draw(st.sampled_from(["rnn-tanh", "gru", "lstm"]))
-    module = naive.make(cell, draw(st.integers(1, 4)), draw(st.sampled_from([0.5, 1.0, 1.5])), **layout)
+    module = reference.make(cell, draw(st.integers(1, 4)), draw(st.sampled_from([0.5, 1.0, 1.5])), **layout)
     module = module.to(draw(dtypes))
     kind = draw(st.sampled_from(["batch", "unbatched", "packed", "packed and sorted"]))
     batch = 1 if kind == "unbatched" else draw(st.integers(1, 4))
@@ -153,12 +152,14 @@ def cell_calls(draw):
     """Draw a cell of torch or a plain callable of the same weights, and what it is called with."""
     torch.manual_seed(draw(seeds))
     cell = draw(st.sampled_from(list(KINDS)))
-    layer = naive.make(cell, draw(st.integers(1, 4)), draw(st.sampled_from([0.5, 1.0, 1.5])), bias=draw(st.booleans()))
+    layer = reference.make(
+        cell, draw(st.integers(1, 4)), draw(st.sampled_from([0.5, 1.0, 1.5])), bias=draw(st.booleans())
+    )
     module = KINDS[cell](3, layer.hidden_size, bias=layer.bias).double()
     module.load_state_dict({name.removesuffix("_l0"): value for name, value in layer.state_dict().items()})
     steps, batch = draw(st.integers(1, 9)), draw(st.integers(1, 4))
     inputs = torch.randn(steps, batch, 3, dtype=torch.float64)
-    state = torch.randn(batch, naive_size(layer), dtype=torch.float64)
+    state = torch.randn(batch, state_size(layer), dtype=torch.float64)
     options = {
         "num_exponents": draw(st.none() | st.integers(1, state.shape[1])),
         "warmup": draw(st.integers(0, steps - 1)),
@@ -177,7 +178,7 @@ def cell_calls(draw):
     return layer, (module, inputs, parts), options
 
 
-def naive_size(layer):
+def state_size(layer):
     return layer.hidden_size * (1 + (layer.mode == "LSTM"))
 
 
@@ -188,8 +189,8 @@ def test_every_cell_and_callable_has_the_spectrum_of_the_textbook(call):
     flat = torch.cat(state, -1) if isinstance(state, tuple) else state
     assert spectra.shape == (inputs.shape[1], options["num_exponents"] or flat.shape[1])
     for i, spectrum in enumerate(spectra):
-        matrices = naive.jacobians(layer, inputs[:, i], flat[i])
-        expected = naive.spectrum(matrices, options["num_exponents"], options["warmup"])
+        matrices = reference.jacobians(layer, inputs[:, i], flat[i])
+        expected = reference.spectrum(matrices, options["num_exponents"], options["warmup"])
         assert_spectrum(spectrum, expected, options["dtype"] or torch.float64)
 
 
@@ -373,13 +374,6 @@ def test_a_fit_with_bad_names_is_refused_by_them(modules):
 
 
 # A whole training
-
-
-class Still(Regressor):
-    """Trains without moving, so that the weights of its one measurement are known."""
-
-    def on_after_backward(self):
-        self.zero_grad()
 
 
 @st.composite

@@ -5,32 +5,15 @@ import csv
 import itertools
 import math
 
+import lightning.pytorch
 import pytest
 import pytorch_lightning
 import torch
-from models import make_trainer, regressor, series
+from helpers import keys_of, make_trainer, published, regressor, series, steps_of
 from torch.testing import assert_close
 
-from lightning_lyapunov import LyapunovMonitor, callback, lyapunov_spectrum
+from lightning_lyapunov import LyapunovMonitor, lyapunov_spectrum
 from lightning_lyapunov.recording.recorder import Recorder
-
-NUMBERS = ["max", "max_stderr", "mean", "kaplan_yorke_dimension", "kolmogorov_sinai_entropy", "num_positive"]
-NUMBERS += ["log10_gradient_gain", "memory_steps", "share_near_zero"]
-
-
-def keys_of(*cells):
-    overall = {"lyapunov/max", "lyapunov/max_stderr", "lyapunov/worst_layer"}
-    return overall | {f"lyapunov/{cell}/{name}" for cell in cells for name in NUMBERS}
-
-
-def published(trainer):
-    return {key: value for key, value in trainer.callback_metrics.items() if key.startswith("lyapunov/")}
-
-
-def steps_of(monitor):
-    (measurements,) = monitor.history.values()
-    return measurements["step"].tolist()
-
 
 # pytorch_lightning, whose classes are others than those of lightning.pytorch
 
@@ -48,10 +31,7 @@ def test_the_packages_classes_are_not_the_same():
 @pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
 def test_pytorch_lightning_measures_what_lightning_measures(cell):
     histories = []
-    for pl in (None, pytorch_lightning):
-        import lightning.pytorch
-
-        pl = pl or lightning.pytorch
+    for pl in (lightning.pytorch, pytorch_lightning):
         monitor = LyapunovMonitor(every_n_train_steps=2, strict=True)
         make_trainer(monitor, pl=pl).fit(regressor(pl)(cell), series())
         histories.append(monitor.history)
@@ -196,7 +176,7 @@ def test_a_forecasting_run_with_the_monitor_is_bitwise_that_without(forecasting,
     assert all(map(torch.equal, without.state_dict().values(), with_monitor.state_dict().values()))
 
 
-class Calls(callback.Callback):
+class Calls(lightning.pytorch.Callback):
     """Keep what a layer was called with in the last batch, by a hook of the test's own."""
 
     def __init__(self, name):
@@ -255,8 +235,7 @@ def test_a_forecasting_models_values_are_those_of_what_was_recorded(forecasting,
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_forecasting_run_is_logged_stopped_and_resumed(forecasting, dataset, tmp_path):
-    import lightning.pytorch as pl
-
+    pl = lightning.pytorch
     keep = pl.callbacks.ModelCheckpoint(tmp_path, monitor="lyapunov/max")
     stop = pl.callbacks.EarlyStopping("lyapunov/max", divergence_threshold=-99.0, patience=10**6)
     options = {"max_epochs": 3, "enable_checkpointing": True, "logger": pl.loggers.CSVLogger(tmp_path)}

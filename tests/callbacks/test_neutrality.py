@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
+from helpers import FEATURES, Regressor, SilentLogger, TanhCell, make_trainer, series
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger
-from models import FEATURES, Regressor, make_trainer, series
 from torch import nn
 
 from lightning_lyapunov import LyapunovMonitor
@@ -51,14 +50,12 @@ def users(metrics):
     return {key: value for key, value in metrics.items() if not key.startswith("lyapunov/")}
 
 
-class Notebook(Logger):
+class Notebook(SilentLogger):
     """A logger that keeps what it is told."""
 
     def __init__(self):
         super().__init__()
         self.lines = []
-
-    name = version = None
 
     def log_hyperparams(self, *args, **kwargs):
         self.lines.append(("hyperparameters", args, kwargs))
@@ -130,17 +127,6 @@ class Witness(Callback):
         self.hooks("train end", module)
 
 
-class Custom(nn.Module):
-    """A recurrent layer that torch does not know, called step by step."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(FEATURES + 5, 5)
-
-    def forward(self, inputs, state):
-        return torch.tanh(self.linear(torch.cat((inputs, state), -1)))
-
-
 class Guarded(Regressor):
     """Draws from every stream of random numbers, keeps running statistics, logs in every way and has own hooks."""
 
@@ -152,7 +138,7 @@ class Guarded(Regressor):
         if cell == "LSTMCell":
             self.rnn = nn.LSTMCell(FEATURES, 5)
         elif cell == "custom":
-            self.rnn = Custom()
+            self.rnn = TanhCell()
         else:
             self.rnn = getattr(nn, cell.removeprefix("spectral "))(FEATURES, 5, batch_first=True, **options)
         if cell.startswith("spectral"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import Packed, Regressor, fit, series
+from helpers import FEATURES, Packed, Regressor, descending, fit, growth_of, make_recorder, members, randn, series
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -10,11 +10,8 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lyapunov import LyapunovMonitor, jacobians, lyapunov_spectrum
-from lightning_lyapunov.functional import layer_growth
-from lightning_lyapunov.layers.registry import as_layer
-from lightning_lyapunov.recording.recorder import Recorder
 
-TIME, BATCH, FEATURES, HIDDEN = 7, 3, 3, 4
+TIME, BATCH, HIDDEN = 7, 3, 4
 LENGTHS = torch.tensor([4, 7, 2])
 
 OPTIONS = {
@@ -38,10 +35,6 @@ LAYERS["RNN, relu"] = (nn.RNN, {"nonlinearity": "relu"})
 layers = pytest.mark.parametrize(("kind", "options"), LAYERS.values(), ids=LAYERS)
 
 
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
-
-
 def random_state(module, batch=BATCH):
     """Return a state as the module takes it, and the parts of it that its cells have, side by side."""
     cells = module.num_layers * (1 + module.bidirectional)
@@ -50,14 +43,9 @@ def random_state(module, batch=BATCH):
     return tuple(parts) if len(parts) == 2 else parts[0], torch.cat(parts, -1)
 
 
-def alone(state, member):
-    """Return the state of one member of a batch, as the module takes it for one unbatched sequence."""
-    return tuple(part[:, member] for part in state) if isinstance(state, tuple) else state[:, member]
-
-
 def recorded(module, call, **limits):
     """Return what a recorder has seen of a layer, as sequences, after ``call()``."""
-    recorder = Recorder({"layer": (module, as_layer(module))}, **{"num_sequences": 16, "max_steps": 100, **limits})
+    recorder = make_recorder(module, **limits)
     recorder.start()
     call()
     recorder.stop()
@@ -66,23 +54,18 @@ def recorded(module, call, **limits):
     return recorder.sequences()["layer"]
 
 
+def spectra(module, sequences):
+    """Return the spectra of recorded sequences, ``(batch, num_exponents)``, of all cells side by side."""
+    growths = growth_of(module, sequences)
+    return torch.cat([(growth.total / growth.steps.unsqueeze(-1))[0] for growth in growths], -1)
+
+
 def assert_recorded(sequences, inputs, states, lengths):
     """Assert that exactly these were recorded; what follows the end of a sequence does not matter."""
     assert sequences.lengths.tolist() == list(lengths)
     assert torch.equal(sequences.states, states)
     for member, length in enumerate(lengths):
         assert torch.equal(sequences.inputs[:length, member], inputs[:length, member])
-
-
-def spectra(module, sequences):
-    """Return the spectra of recorded sequences, ``(batch, num_exponents)``, of all cells side by side."""
-    options = {"num_exponents": None, "warmup": 0, "qr_interval": "auto", "dtype": torch.float64}
-    growths = layer_growth(as_layer(module), sequences, **options)
-    return torch.cat([(growth.total / growth.steps.unsqueeze(-1))[0] for _, growth in growths], -1)
-
-
-def descending(values):
-    return values.sort(dim=-1, descending=True).values
 
 
 # However a layer is called, the monitor sees the sequences that it was called with
@@ -116,7 +99,7 @@ def test_a_packed_batch_is_recorded_in_its_own_order_without_its_padding(kind, o
 def test_an_unbatched_sequence_is_recorded_as_a_batch_of_one(kind, options, given):
     module = kind(FEATURES, HIDDEN, batch_first=True, **options).double()
     inputs, (state, states) = randn(TIME, FEATURES), random_state(module, 1)
-    sequences = recorded(module, lambda: module(inputs, alone(state, 0)) if given else module(inputs))
+    sequences = recorded(module, lambda: module(inputs, members(state, 0)) if given else module(inputs))
     assert_recorded(sequences, inputs.unsqueeze(1), states if given else torch.zeros_like(states), [TIME])
 
 
@@ -140,7 +123,7 @@ def test_a_packed_batch_gives_each_member_what_it_gets_alone(kind, options, leng
     together = lyapunov_spectrum(module, packed, state)
     by_monitor = descending(spectra(module, recorded(module, lambda: module(packed, state))))
     for member, length in enumerate(lengths):
-        expected = lyapunov_spectrum(module, inputs[:length, member], alone(state, member))[0]
+        expected = lyapunov_spectrum(module, inputs[:length, member], members(state, member))[0]
         assert_close(together[member], expected, rtol=0, atol=1e-7)
         assert_close(by_monitor[member].clamp(min=-87.3365), expected.clamp(min=-87.3365), rtol=0, atol=1e-7)
 
@@ -157,13 +140,13 @@ def test_the_monitor_averages_over_the_steps_of_the_members_alone(kind, options)
     data = series(1)
     together = measured(Packed(kind, lr=0.0, **options), data)
     inputs, targets = next(iter(data))
-    members = []
+    alone = []
     for member, length in enumerate(Packed.lengths):
         one = TensorDataset(inputs[[member], :length], targets[[member], :length])
-        members.append(measured(Regressor(kind, lr=0.0, **options), DataLoader(one)))
+        alone.append(measured(Regressor(kind, lr=0.0, **options), DataLoader(one)))
     for cell, spectrum in together.items():
-        steps = zip(members, Packed.lengths, strict=True)
-        expected = sum(member[cell] * length for member, length in steps) / Packed.lengths.sum()
+        steps = zip(alone, Packed.lengths, strict=True)
+        expected = sum(spectra[cell] * length for spectra, length in steps) / Packed.lengths.sum()
         assert_close(spectrum, expected, rtol=0, atol=1e-5)
 
 
@@ -208,7 +191,7 @@ def test_a_subclass_is_recorded_by_the_lengths_it_is_called_with(kind, batch_fir
 @packing
 def test_a_batch_of_sequences_without_steps_is_no_sequence(kind):
     module = kind(FEATURES, HIDDEN).double()
-    recorder = Recorder({"layer": (module, as_layer(module))}, 16, 100)
+    recorder = make_recorder(module)
     recorder.start()
     module(randn(TIME, BATCH, FEATURES), lengths=torch.zeros(BATCH).long())
     recorder.stop()
@@ -288,7 +271,7 @@ def test_a_cell_in_a_loop_is_the_layer_with_its_weights(cell_class, layer_class,
         randn(TIME, BATCH if batched else 1, FEATURES),
         random_state(layer, BATCH if batched else 1),
     )
-    first = alone(state, slice(None))
+    first = members(state, slice(None))
     first = tuple(part[0] for part in first) if isinstance(first, tuple) else first[0]
 
     def loop():

@@ -9,8 +9,8 @@ import warnings
 
 import numpy as np
 import pytest
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from models import Regressor, fit
+from helpers import Regressor, SilentLogger, fit, messages
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_lyapunov import LyapunovMonitor
@@ -25,7 +25,7 @@ def fit_quietly(logger, monitor=None, **options):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(Regressor(), monitor, logger=logger, **options)
-    return monitor, [str(warning.message) for warning in caught if "picture" in str(warning.message)]
+    return monitor, messages(caught, "picture")
 
 
 # W&B
@@ -162,10 +162,8 @@ def test_mlflow_takes_a_layer_of_any_name(mlflow_logger):
 # Loggers that take no pictures
 
 
-class Unknown(Logger):
+class Unknown(SilentLogger):
     """Takes numbers; nothing is known of what else."""
-
-    name, version = "unknown", 0
 
     def __init__(self):
         super().__init__()
@@ -173,9 +171,6 @@ class Unknown(Logger):
 
     def log_metrics(self, metrics, step=None):
         self.steps += [step] * ("lyapunov/max" in metrics)
-
-    def log_hyperparams(self, *args, **kwargs):
-        pass
 
 
 class CometLogger(Unknown):

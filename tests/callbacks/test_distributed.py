@@ -1,160 +1,52 @@
 """Two and four processes: all know the value over all of their sequences, and none waits for another for ever."""
 
-import math
-import multiprocessing
 import random
-import signal
-from contextlib import contextmanager
-from datetime import timedelta
 from functools import partial
 
 import pytest
 import torch
+from helpers import FEATURES, failing_monitor, fit, keys_of, series
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy
-from models import FEATURES, Regressor, fit, series
+from processes import (
+    IdleMonitor,
+    RankModel,
+    assert_all_know_the_same,
+    ddp,
+    fit_alone,
+    fit_distributed,
+    in_processes,
+    joint_batches,
+    shorter,
+    spoilt,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_callback import keys_of, published
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_lyapunov.callbacks.monitor
 from lightning_lyapunov import InstabilityStopping, LyapunovMonitor
-from lightning_lyapunov.layers.sharding import full_tensor
-
-SECONDS = 60
 
 worlds = pytest.mark.parametrize("num_processes", [2, 4])
-pytestmark = [
-    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
-    pytest.mark.filterwarnings("ignore"),
-]
-
-
-@contextmanager
-def in_time():
-    """Fail, and end the processes, where these wait for one another."""
-
-    def give_up(*_):
-        for process in multiprocessing.active_children():
-            process.kill()
-        raise TimeoutError("the processes wait for one another")
-
-    signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(2 * SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-
-
-class Still(Regressor):
-    """Trains without moving; each process does with its batch what ``mine`` says."""
-
-    def __init__(self, mine=None, **options):
-        super().__init__(**{"cell": "GRU", **options})
-        self.mine, self.seen = mine, []
-
-    def training_step(self, batch, batch_idx):
-        if self.mine is not None:
-            batch = [self.mine(part, self.global_rank) for part in batch]
-        self.seen.append(batch[0])
-        return super().training_step(batch, batch_idx)
-
-    def on_after_backward(self):
-        self.zero_grad()
-
-
-class SaveResults(Callback):
-    """Write down what each process has published after each batch, and what it has seen."""
-
-    def __init__(self, folder):
-        self.folder, self.values = folder, []
-
-    def on_train_batch_end(self, trainer, *_):
-        self.values.append({key: value.clone() for key, value in published(trainer).items()})
-
-    def on_train_end(self, trainer, pl_module):
-        (monitor,) = (callback for callback in trainer.callbacks if isinstance(callback, LyapunovMonitor))
-        results = {
-            "values": self.values,
-            "history": monitor.history,
-            "inputs": pl_module.seen,
-            "weights": {name: full_tensor(weight) for name, weight in pl_module.state_dict().items()},
-            "epochs": trainer.current_epoch,
-            "decisions": [
-                {
-                    "step": trainer.global_step,
-                    "epoch": rule.stopped_epoch,
-                    "count": rule.wait_count,
-                    "reason": rule.stopping_reason.name,
-                    "message": rule.stopping_reason_message,
-                }
-                for rule in trainer.callbacks
-                if isinstance(rule, InstabilityStopping)
-            ],
-        }
-        torch.save(results, f"{self.folder}/{trainer.global_rank}.pt")
-
-
-def ddp(**options):
-    return DDPStrategy(start_method="fork", **options)
-
-
-def distributed(model, num_processes, folder, *callbacks, monitor=None, strategy=ddp, **options):
-    """Train in several processes and return what each of them has written down."""
-    strategy = strategy(process_group_backend="gloo", timeout=timedelta(seconds=SECONDS))
-    monitor = LyapunovMonitor(every_n_train_steps=1, warmup=2, strict=True) if monitor is None else monitor
-    options = {"data": series(2 * num_processes), "max_epochs": 1, **options}
-    with in_time():
-        fit(model, monitor, *callbacks, SaveResults(folder), devices=num_processes, strategy=strategy, **options)
-    return [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(num_processes)]
-
-
-def assert_all_know_the_same(results):
-    first, *others = results
-    for other in others:
-        assert [list(values) for values in other["values"]] == [list(values) for values in first["values"]]
-        for name in ("values", "history", "weights"):
-            assert_close(other[name], first[name], rtol=0, atol=0, equal_nan=True)
-
-
-def alone(model, batches, **options):
-    """Return the values after each of these batches in one process."""
-    monitor = LyapunovMonitor(every_n_train_steps=1, warmup=2, strict=True, num_sequences=10**6, **options)
-    values = []
-
-    class Keep(Callback):
-        def on_train_batch_end(self, trainer, *_):
-            values.append(published(trainer))
-
-    data = DataLoader([(inputs, inputs[..., :1]) for inputs in batches], batch_size=None)
-    fit(model, monitor, Keep(), data=data, max_epochs=1)
-    return values
+pytestmark = in_processes
 
 
 @worlds
 @pytest.mark.parametrize("layout", [{}, {"cell": "LSTM", "num_layers": 2, "bidirectional": True}], ids=str)
 def test_every_process_has_the_values_of_one_that_sees_all_sequences(layout, num_processes, tmp_path):
-    results = distributed(Still(**layout), num_processes, tmp_path)
+    results = fit_distributed(RankModel(**layout), num_processes, tmp_path)
     assert_all_know_the_same(results)
-    batches = [torch.cat(parts) for parts in zip(*(result["inputs"] for result in results), strict=True)]
+    batches = joint_batches(results)
     assert len(batches) == 2
     assert len(batches[0].unique(dim=0)) == 4 * num_processes
-    expected = alone(Still(**layout), batches)
+    expected = fit_alone(RankModel(**layout), batches)
     assert_close(results[0]["values"], expected, rtol=1e-5, atol=1e-6)
-
-
-def shorter(tensor, rank):
-    return tensor if rank == 0 else tensor[:1, :7]
 
 
 @worlds
 def test_a_smaller_batch_of_shorter_sequences_counts_as_much_as_it_holds(num_processes, tmp_path):
-    results = distributed(Still(shorter, hidden_size=1), num_processes, tmp_path)
+    results = fit_distributed(RankModel(shorter, hidden_size=1), num_processes, tmp_path)
     assert_all_know_the_same(results)
     # By hand: growth over steps, both summed over all processes.
     for batch, values in enumerate(results[0]["values"]):
@@ -162,12 +54,12 @@ def test_a_smaller_batch_of_shorter_sequences_counts_as_much_as_it_holds(num_pro
         for result in results:
             inputs = result["inputs"][batch]
             counted = len(inputs) * (inputs.shape[1] - 2)
-            (own,) = alone(Still(hidden_size=1), [inputs])
+            (own,) = fit_alone(RankModel(hidden_size=1), [inputs])
             growth, steps = growth + counted * own["lyapunov/max"].item(), steps + counted
         assert values["lyapunov/max"].item() == pytest.approx(growth / steps, rel=1e-5)
 
 
-class Sometimes(Still):
+class Sometimes(RankModel):
     """A second layer that not every process calls."""
 
     def __init__(self, callers):
@@ -185,18 +77,17 @@ unused = partial(ddp, find_unused_parameters=True)
 @worlds
 def test_a_layer_that_one_process_does_not_call_is_measured_on_the_others(num_processes, tmp_path):
     callers = list(range(1, num_processes))
-    results = distributed(Sometimes(callers), num_processes, tmp_path, strategy=unused)
+    results = fit_distributed(Sometimes(callers), num_processes, tmp_path, strategy=unused)
     assert_all_know_the_same(results)
     assert set(results[0]["values"][0]) == keys_of("rnn", "other")
-    batches = [torch.cat(parts) for parts in zip(*(results[rank]["inputs"] for rank in callers), strict=True)]
-    expected = alone(Sometimes([0]), batches, modules="other")
+    expected = fit_alone(Sometimes([0]), joint_batches(results[1:]), modules="other")
     for values, alone_values in zip(results[0]["values"], expected, strict=True):
         for key in keys_of("other") - keys_of():
             assert_close(values[key], alone_values[key], rtol=1e-5, atol=1e-6)
 
 
 def test_a_layer_that_no_process_calls_keeps_its_keys_and_nobody_waits(tmp_path):
-    results = distributed(Sometimes([]), 2, tmp_path, strategy=unused)
+    results = fit_distributed(Sometimes([]), 2, tmp_path, strategy=unused)
     assert_all_know_the_same(results)
     values = results[0]["values"][-1]
     assert set(values) == keys_of("rnn", "other")
@@ -204,14 +95,10 @@ def test_a_layer_that_no_process_calls_keeps_its_keys_and_nobody_waits(tmp_path)
     assert values["lyapunov/max"] == values["lyapunov/rnn/max"]
 
 
-def spoilt(tensor, rank):
-    return tensor * math.nan if rank == 1 else tensor
-
-
 @worlds
 def test_one_process_that_is_not_finite_makes_nan_of_all_and_all_stop(num_processes, tmp_path):
     stop = EarlyStopping("lyapunov/max", patience=10**6)
-    results = distributed(Still(spoilt), num_processes, tmp_path, stop, max_epochs=3)
+    results = fit_distributed(RankModel(spoilt), num_processes, tmp_path, stop, max_epochs=3)
     assert_all_know_the_same(results)
     last = results[0]["values"][-1]
     assert {key for key, value in last.items() if not value.isnan()} == {"lyapunov/worst_layer"}
@@ -226,9 +113,9 @@ class SaveCheckpoint(Callback):
         trainer.save_checkpoint(f"{trainer.default_root_dir}/run.ckpt")
 
 
-def saturating(mine):
+def saturating(change):
     """Exponents are log 1.5 for inputs of zero, and about -1.7 for those of ``calm``."""
-    model = Still(mine, cell="RNN")
+    model = RankModel(change, cell="RNN")
     for parameter in model.rnn.parameters():
         nn.init.zeros_(parameter)
     nn.init.ones_(model.rnn.weight_ih_l0)
@@ -249,7 +136,7 @@ def decided(model, rule, folder, *callbacks, rule_first=False, num_processes=2, 
     monitor = LyapunovMonitor(every_n_train_steps=1, warmup=2, strict=True)
     first, second = (rule, monitor) if rule_first else (monitor, rule)
     options = {"data": series(6 * num_processes), **options}
-    results = distributed(model, num_processes, folder, second, *callbacks, monitor=first, **options)
+    results = fit_distributed(model, num_processes, folder, second, *callbacks, monitor=first, **options)
     decision, *others = [result["decisions"] for result in results]
     assert others == [decision] * (num_processes - 1)
     return decision[0]
@@ -302,37 +189,23 @@ def test_the_count_of_all_processes_goes_on_after_a_resume(tmp_path):
     assert (decision["step"], decision["count"]) == (3, 3)
 
 
-def test_one_process_whose_measurement_fails_makes_nan_of_all_and_nobody_waits(tmp_path, monkeypatch):
-    measure = lightning_lyapunov.callbacks.monitor.layer_growth
-
-    def layer_growth(*args, **kwargs):
-        if torch.distributed.get_rank() == 1:
-            raise torch.linalg.LinAlgError("no convergence")
-        return measure(*args, **kwargs)
-
-    monkeypatch.setattr(lightning_lyapunov.callbacks.monitor, "layer_growth", layer_growth)
-    results = distributed(Still(), 2, tmp_path, monitor=LyapunovMonitor(every_n_train_steps=1))
+def test_one_process_whose_measurement_fails_makes_nan_of_all_and_nobody_waits(tmp_path):
+    monitor = failing_monitor(lambda _: torch.distributed.get_rank() == 1, every_n_train_steps=1)
+    results = fit_distributed(RankModel(), 2, tmp_path, monitor=monitor)
     assert_all_know_the_same(results)
     assert results[0]["values"][-1]["lyapunov/rnn/max"].isnan()
 
 
-class Moving(Still):
+class Moving(RankModel):
     def on_after_backward(self):
-        pass
-
-
-class Sleeping(LyapunovMonitor):
-    """Is there and does nothing."""
-
-    def on_fit_start(self, trainer, pl_module):
         pass
 
 
 @pytest.mark.parametrize("strategy", [ddp, unused], ids=["all parameters used", "find_unused_parameters"])
 def test_the_weights_of_several_processes_are_bitwise_those_without_the_monitor(strategy, tmp_path):
     results = []
-    for monitor in (Sleeping(), LyapunovMonitor(every_n_train_steps=1, strict=True)):
-        results.append(distributed(Moving(), 2, tmp_path, monitor=monitor, strategy=strategy, max_epochs=2))
+    for monitor in (IdleMonitor(), LyapunovMonitor(every_n_train_steps=1, strict=True)):
+        results.append(fit_distributed(Moving(), 2, tmp_path, monitor=monitor, strategy=strategy, max_epochs=2))
     without, monitored = results
     assert not without[0]["values"][0]
     assert_all_know_the_same(monitored)
@@ -344,7 +217,7 @@ def test_data_that_one_process_has_less_of_does_not_let_the_others_wait(tmp_path
     """An epoch that ends on a shorter batch for everybody, and a measurement at its end."""
     inputs = torch.rand(10, 12, FEATURES)
     data = DataLoader(TensorDataset(inputs, inputs[..., :1]), 4)
-    results = distributed(Still(), 2, tmp_path, monitor=LyapunovMonitor(), data=data, max_epochs=2)
+    results = fit_distributed(RankModel(), 2, tmp_path, monitor=LyapunovMonitor(), data=data, max_epochs=2)
     assert_all_know_the_same(results)
     assert results[0]["history"]["rnn"]["step"].tolist() == [0, 1, 3]
 
@@ -369,7 +242,7 @@ def test_no_process_adds_up_what_another_does_not_beside_loggers(tmp_path, monke
 
     loggers = [TensorBoardLogger(tmp_path, "board"), CSVLogger(tmp_path, "table")]
     assert_all_know_the_same(
-        distributed(Still(), 2, tmp_path, InstabilityStopping(threshold=9.0), SaveShared(), logger=loggers)
+        fit_distributed(RankModel(), 2, tmp_path, InstabilityStopping(threshold=9.0), SaveShared(), logger=loggers)
     )
     first, second = (torch.load(f"{tmp_path}/shared{rank}.pt") for rank in range(2))
     assert first == second
@@ -408,13 +281,13 @@ def test_processes_whose_clocks_differ_measure_on_the_same_batches(schedule, num
     def alone_by_the_clock_of(rank):
         monkeypatch.setattr("lightning_lyapunov.callbacks.overhead.perf_counter", UnlikeClock(rank))
         monitor = LyapunovMonitor(**options())
-        fit(Still(), monitor, data=series(8), max_epochs=3)
+        fit(RankModel(), monitor, data=series(8), max_epochs=3)
         return monitor.history["rnn"]["step"].tolist()
 
     expected = [alone_by_the_clock_of(rank) for rank in range(2)]
     monkeypatch.setattr("lightning_lyapunov.callbacks.overhead.perf_counter", UnlikeClock())
     run = {"monitor": LyapunovMonitor(**options()), "data": series(8 * num_processes), "max_epochs": 3}
-    results = distributed(Still(), num_processes, tmp_path, **run)
+    results = fit_distributed(RankModel(), num_processes, tmp_path, **run)
     assert_all_know_the_same(results)
     assert results[0]["history"]["rnn"]["step"].tolist() == expected[0]
     # Or it would be no test: by their own clocks they would not have agreed.

@@ -9,18 +9,27 @@ import weakref
 
 import pytest
 import torch
-from lightning.pytorch.loggers import Logger
+from helpers import (
+    FEATURES,
+    At,
+    Regressor,
+    SilentLogger,
+    failing_monitor,
+    fit,
+    hooks_of,
+    make_recorder,
+    make_trainer,
+    messages,
+    published,
+    series,
+)
 from lightning.pytorch.tuner import Tuner
-from models import FEATURES, Regressor, fit, make_trainer, series
-from test_callback import At, hooks_of, published
 from torch import nn
 
-import lightning_lyapunov.callbacks.monitor
-import lightning_lyapunov.recording.recorder
 from lightning_lyapunov import LyapunovMonitor
-from lightning_lyapunov.reporting.history import MAX_MEASUREMENTS
-from lightning_lyapunov.layers.registry import as_layer
+from lightning_lyapunov.callbacks.publish import _LOGGED
 from lightning_lyapunov.recording.recorder import Recorder
+from lightning_lyapunov.reporting.history import MAX_MEASUREMENTS
 
 # Thousands of measurements
 
@@ -32,7 +41,7 @@ def live_tensors():
 
 def test_a_recorder_that_starts_and_stops_thousands_of_times_keeps_nothing():
     module = nn.GRU(FEATURES, 4)
-    recorder, inputs = Recorder({"rnn": (module, as_layer(module))}, 4, 8), torch.rand(8, 4, FEATURES)
+    recorder, inputs = make_recorder(module, 4, 8), torch.rand(8, 4, FEATURES)
 
     def measure(times):
         for _ in range(times):
@@ -78,14 +87,10 @@ def test_hundreds_of_measurements_keep_their_history_and_nothing_else():
     assert not hooks_of(model)
 
 
-class Dropping(Logger):
+class Dropping(SilentLogger):
     """A logger that counts what it is told and keeps nothing of it."""
 
-    name = version = None
     calls = 0
-
-    def log_hyperparams(self, *args, **kwargs):
-        pass
 
     def log_metrics(self, metrics, step=None):
         self.calls += 1
@@ -103,17 +108,17 @@ def test_a_hundred_thousand_measurements_are_kept_and_logged_without_anything_pi
     total = 100_000
 
     def made_up(step):
-        numbers = dict.fromkeys(lightning_lyapunov.callbacks.monitor._LOGGED, torch.tensor(-float(step)))
+        numbers = dict.fromkeys(_LOGGED, torch.tensor(-float(step)))
         spectrum = torch.tensor([-float(step), -1e6])
         return {**numbers, "spectrum": spectrum, "stderr": spectrum.abs(), "num_sequences": torch.tensor(4)}
 
     def measure_on(trainer):
         monitor.load_state_dict({"history": {}})
         for step in range(total):
-            monitor._publish(trainer, monitor._run, {"rnn": made_up(step)}, step)
+            monitor._run.publisher.publish(trainer, {"rnn": made_up(step)}, step)
             if step in (total // 2, total - 1):
                 size = len(monitor.history["rnn"]["step"])
-                seen.append((*holdings(model), len(monitor._run.warned), size > MAX_MEASUREMENTS))
+                seen.append((*holdings(model), len(monitor._run.warn._given), size > MAX_MEASUREMENTS))
 
     measure_once = At("on_train_end", measure_on)
     fit(model, monitor, measure_once, data=series(1), max_epochs=1, logger=logger)
@@ -130,16 +135,11 @@ def test_a_hundred_thousand_measurements_are_kept_and_logged_without_anything_pi
     assert torch.equal(monitor.history["rnn"]["spectrum"][:, 0], -torch.tensor(steps).float())
 
 
-def test_a_failure_that_reads_differently_each_time_is_said_once(monkeypatch, recwarn):
-    numbers = iter(range(10**6))
-
-    def fail(*_, **__):
-        raise RuntimeError(f"no convergence in matrix {next(numbers)}")
-
-    monkeypatch.setattr("lightning_lyapunov.callbacks.monitor.layer_growth", fail)
-    fit(Tiny(), LyapunovMonitor(every_n_train_steps=1), data=series(20), max_epochs=1)
-    assert next(numbers) == 20
-    assert len([warning for warning in recwarn if "no convergence in matrix" in str(warning.message)]) == 1
+def test_a_failure_that_reads_differently_each_time_is_said_once(recwarn):
+    monitor = failing_monitor(every_n_train_steps=1)
+    fit(Tiny(), monitor, data=series(20), max_epochs=1)
+    assert monitor.growth_of.calls == 20
+    assert len(messages(recwarn, "no convergence in measurement")) == 1
 
 
 def test_a_monitor_that_has_ended_holds_no_model_and_no_data():
@@ -222,13 +222,8 @@ def test_a_run_that_breaks_off_in_a_batch_leaves_no_hook_behind(where, error):
     assert not hooks_of(model)
 
 
-def test_an_interrupt_in_a_measurement_leaves_no_hook_and_no_half_of_a_row(monkeypatch):
-    model, monitor = Tiny(), LyapunovMonitor(every_n_train_steps=1)
-
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("lightning_lyapunov.callbacks.monitor.layer_growth", interrupt)
+def test_an_interrupt_in_a_measurement_leaves_no_hook_and_no_half_of_a_row():
+    model, monitor = Tiny(), failing_monitor(lambda _: True, KeyboardInterrupt, every_n_train_steps=1)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(model, monitor)
     assert not hooks_of(model)
@@ -239,8 +234,8 @@ class InterruptAt:
     """Ctrl-C before the ``number``-th line of those that put hooks on and take them off, torch's own among them."""
 
     CODE = (
-        lightning_lyapunov.recording.recorder.Recorder.start,
-        lightning_lyapunov.recording.recorder.Recorder.stop,
+        Recorder.start,
+        Recorder.stop,
         LyapunovMonitor.on_train_batch_start,
         LyapunovMonitor.on_train_batch_end,
         LyapunovMonitor.on_train_epoch_end,

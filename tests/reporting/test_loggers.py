@@ -6,34 +6,19 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from models import Regressor, fit, series
+from helpers import Regressor, SilentLogger, fit, keys_of, series
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_lyapunov import LyapunovMonitor
 
-KEYS = {"lyapunov/max", "lyapunov/max_stderr", "lyapunov/worst_layer"} | {
-    f"lyapunov/rnn/{name}"
-    for name in (
-        "max",
-        "max_stderr",
-        "mean",
-        "kaplan_yorke_dimension",
-        "kolmogorov_sinai_entropy",
-        "num_positive",
-        "log10_gradient_gain",
-        "memory_steps",
-        "share_near_zero",
-    )
-}
+KEYS = keys_of("rnn")
 SPECTRUM = "lyapunov/rnn/spectrum"
 PICTURE, NOW = "lyapunov/rnn/spectrum_over_training", "lyapunov/rnn/spectrum_now"
 
 
-class RecordingLogger(Logger):
-    """As small as a logger can be; it has no ``experiment``."""
-
-    name, version = "recording", 0
+class RecordingLogger(SilentLogger):
+    """Keeps its calls."""
 
     def __init__(self):
         super().__init__()
@@ -41,9 +26,6 @@ class RecordingLogger(Logger):
 
     def log_metrics(self, metrics, step=None):
         self.calls.append((step, metrics))
-
-    def log_hyperparams(self, *args, **kwargs):
-        pass
 
     def ours(self):
         return [(step, metrics) for step, metrics in self.calls if any("lyapunov" in key for key in metrics)]

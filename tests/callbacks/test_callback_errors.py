@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from models import Regressor, fit, series
+from helpers import Regressor, fit, series
 from torch import nn
 
 from lightning_lyapunov import LyapunovMonitor

@@ -2,16 +2,15 @@
 
 import itertools
 import math
-import types
+from collections.abc import Iterator
 
 import pytest
 import torch
-from models import Regressor, TwoLayers, fit, make_trainer, series
-from test_callback import At, hooks_of, ours, published
+from helpers import At, Regressor, TwoLayers, fit, hooks_of, make_trainer, messages, published, series
 
-import lightning_lyapunov.callbacks.monitor
 from lightning_lyapunov import InstabilityStopping, LyapunovMonitor
 from lightning_lyapunov.callbacks.overhead import Overhead
+from lightning_lyapunov.functional import layer_growth
 
 
 class Clock:
@@ -33,18 +32,28 @@ def clock(monkeypatch):
     return clock
 
 
+class Cost(dict):
+    """What the measurement of a layer costs, by its type: seconds, or an iterator of them."""
+
+    def __init__(self, clock):
+        super().__init__()
+        self.clock = clock
+
+    def monitor(self, **options):
+        """Return a monitor whose measurements cost that."""
+        monitor = LyapunovMonitor(warmup=0, **options)
+        monitor.growth_of = self.growth_of
+        return monitor
+
+    def growth_of(self, layer, *args, **options):
+        seconds = self.get(type(layer.module).__name__, 0.0)
+        self.clock.spend(next(seconds) if isinstance(seconds, Iterator) else seconds)
+        return layer_growth(layer, *args, **options)
+
+
 @pytest.fixture
-def cost(clock, monkeypatch):
-    """Set what the measurement of a layer costs, by its type; numbers in seconds or the next of an iterator of them."""
-    costs, measure = {}, lightning_lyapunov.callbacks.monitor.layer_growth
-
-    def layer_growth(layer, *args, **kwargs):
-        seconds = costs.get(type(layer.module).__name__, 0.0)
-        clock.spend(next(seconds) if isinstance(seconds, types.GeneratorType | itertools.chain) else seconds)
-        return measure(layer, *args, **kwargs)
-
-    monkeypatch.setattr(lightning_lyapunov.callbacks.monitor, "layer_growth", layer_growth)
-    return costs
+def cost(clock):
+    return Cost(clock)
 
 
 def run(clock, monitor, *, batches, epochs=1, seconds=1.0, model=None, callbacks=(), **options):
@@ -95,13 +104,13 @@ SCHEDULES = [
 ]
 
 
-# Binary fractions, so that the twin's sums are the same to the last bit.
+# Binary fractions, so that the sums are the same to the last bit.
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 @pytest.mark.parametrize("cost_of_one", [0.25, 2.0, 8.0])
 @pytest.mark.parametrize("share", [0.5, 0.125])
 def test_each_measurement_is_made_at_the_first_batch_at_which_it_fits(share, cost_of_one, schedule, clock, cost):
     cost["GRU"] = cost_of_one
-    monitor = LyapunovMonitor(max_overhead=share, warmup=0, log_spectrum=False, strict=True, **schedule)
+    monitor = cost.monitor(max_overhead=share, log_spectrum=False, strict=True, **schedule)
     measured = run(clock, monitor, batches=10, epochs=7)
     assert measured == in_plain_words(share, cost_of_one, batches=10, epochs=7, **schedule)
     without = in_plain_words(1.0, 0.0, batches=10, epochs=7, **schedule)
@@ -130,7 +139,7 @@ def test_the_share_is_kept_when_no_two_measurements_and_batches_take_as_long(sha
 
     began, batch = [], seconds(1.0)
     cost["GRU"] = seconds(2.0, costs)
-    monitor = LyapunovMonitor(every_n_train_steps=1, max_overhead=share, warmup=0, log_spectrum=False)
+    monitor = cost.monitor(every_n_train_steps=1, max_overhead=share, log_spectrum=False)
     data = series(120, batch_size=1, time=4)
     fit(Regressor("GRU", 1), At("on_train_batch_start", start), monitor, data=data, max_epochs=1)
     assert all(kept)
@@ -145,7 +154,7 @@ def test_nothing_is_recorded_and_every_value_stays_on_a_batch_that_is_skipped(cl
         At("on_before_backward", lambda trainer: hooks.append(len(hooks_of(model)))),
         At("on_train_batch_end", lambda trainer: values.append(published(trainer))),
     ]
-    monitor = LyapunovMonitor(every_n_train_steps=1, max_overhead=0.5, warmup=0)
+    monitor = cost.monitor(every_n_train_steps=1, max_overhead=0.5)
     measured = run(clock, monitor, batches=30, model=model, callbacks=look)
     assert measured == [0, 16, 24]
     assert [batch for batch, count in enumerate(hooks) if count] == measured
@@ -164,7 +173,7 @@ def test_an_epoch_that_is_cut_short_and_does_not_fit_is_measured_in_a_later_one(
 
     def measured_by(share):
         clock.now, cost["GRU"] = 0.0, 4.0
-        monitor = LyapunovMonitor(max_overhead=share, warmup=0)
+        monitor = cost.monitor(max_overhead=share)
         run(clock, monitor, batches=10, epochs=2, model=Cut("GRU", 1))
         return monitor.history["rnn"]["step"].tolist()
 
@@ -176,7 +185,7 @@ def test_an_epoch_that_is_cut_short_and_does_not_fit_is_measured_in_a_later_one(
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_no_optimizer_step_is_measured_twice(accumulate, clock, cost):
     cost["GRU"] = 6.0
-    monitor = LyapunovMonitor(every_n_train_steps=1, max_overhead=0.25, warmup=0)
+    monitor = cost.monitor(every_n_train_steps=1, max_overhead=0.25)
     # 12 of 36 + 12 seconds are a quarter, then 18 of 54 + 18: whether the optimizer steps after that batch or not.
     assert run(clock, monitor, batches=64, accumulate_grad_batches=accumulate) == [0, 36, 54]
     steps = monitor.history["rnn"]["step"].tolist()
@@ -193,7 +202,7 @@ def test_batches_that_become_slower_or_faster_put_a_measurement_off_no_longer_th
         starts.append(clock.now - starts[0] if starts else clock.now)
 
     starts_at = At("on_train_batch_start", start)
-    monitor = LyapunovMonitor(every_n_train_steps=1, max_overhead=0.25, warmup=0, log_spectrum=False)
+    monitor = cost.monitor(every_n_train_steps=1, max_overhead=0.25, log_spectrum=False)
     data = series(200, batch_size=1, time=4)
     fit(Regressor("GRU", 1), starts_at, monitor, data=data, max_epochs=1)
     # The second is a quarter when 32 of 112 + 16 seconds went into measuring.
@@ -209,7 +218,7 @@ def test_ranks_are_asked_seldom(clock, cost, monkeypatch):
     monkeypatch.setattr(
         strategy, "broadcast", lambda self, what, src=0: asked.append(what) or broadcast(self, what, src)
     )
-    monitor = LyapunovMonitor(every_n_train_steps=2, max_overhead=0.25, warmup=0)
+    monitor = cost.monitor(every_n_train_steps=2, max_overhead=0.25)
     assert run(clock, monitor, batches=400) == [0, 384]
     ours_of = [what for what in asked if isinstance(what, int)]
     assert 1 <= len(ours_of) <= 2 * math.log2(400)
@@ -218,14 +227,14 @@ def test_ranks_are_asked_seldom(clock, cost, monkeypatch):
 def test_without_a_share_nobody_is_asked(clock, cost, monkeypatch):
     asked = []
     monkeypatch.setattr(Overhead, "batches_to_wait", lambda *_: asked.append(1))
-    run(clock, LyapunovMonitor(every_n_train_steps=1, warmup=0), batches=5)
+    run(clock, cost.monitor(every_n_train_steps=1), batches=5)
     assert not asked
 
 
 def test_a_stopping_rule_counts_what_is_measured_and_nothing_else(clock, cost):
     cost["GRU"] = 8.0
     rule = InstabilityStopping(threshold=-100.0, patience=3, verbose=False)
-    monitor = LyapunovMonitor(every_n_train_steps=1, max_overhead=0.5, warmup=0)
+    monitor = cost.monitor(every_n_train_steps=1, max_overhead=0.5)
     run(clock, monitor, batches=60, callbacks=[rule])
     assert monitor.history["rnn"]["step"].tolist() == [0, 16, 24]
     assert rule.wait_count == 3
@@ -241,7 +250,7 @@ def test_what_is_no_share_is_refused_by_name(share):
 
 
 def warned(record):
-    return [message for message in ours(record) if "Measuring Lyapunov spectra took" in message]
+    return messages(record, "Measuring Lyapunov spectra took")
 
 
 # Seconds of a measurement and of a batch, batches; one warning or none. Half a minute, twice after the first, a tenth.
@@ -264,14 +273,14 @@ def test_a_measurement_that_is_dear_is_said_once_where_it_matters(
 ):
     first = [100.0] if seconds == 0.125 else []
     cost["GRU"] = itertools.chain(first, itertools.repeat(seconds))
-    monitor = LyapunovMonitor(every_n_train_steps=1, max_overhead=limit, warmup=0, log_spectrum=False)
+    monitor = cost.monitor(every_n_train_steps=1, max_overhead=limit, log_spectrum=False)
     run(clock, monitor, batches=batches, seconds=batch)
     assert len(warned(recwarn)) == (count if limit is None else 0)
 
 
 def test_the_warning_names_the_share_the_dearest_layer_and_what_lowers_it(clock, cost, recwarn):
     cost.update(LSTM=7.0, GRU=9.0)
-    monitor = LyapunovMonitor(every_n_train_steps=1, warmup=0, log_spectrum=False)
+    monitor = cost.monitor(every_n_train_steps=1, log_spectrum=False)
     model = TwoLayers()
     model.forward = lambda inputs: model.head(model.rnn(inputs)[0]) + model.sometimes(inputs)[0].sum() * 0
     run(clock, monitor, batches=3, seconds=5.0, model=model)
@@ -295,7 +304,7 @@ def test_the_warning_names_the_share_the_dearest_layer_and_what_lowers_it(clock,
 def test_only_the_first_process_warns(first, clock, cost, recwarn, monkeypatch):
     cost["GRU"] = 60.0
     monkeypatch.setattr(type(make_trainer().strategy), "is_global_zero", property(lambda self: first))
-    run(clock, LyapunovMonitor(every_n_train_steps=1, warmup=0, log_spectrum=False), batches=5)
+    run(clock, cost.monitor(every_n_train_steps=1, log_spectrum=False), batches=5)
     assert len(warned(recwarn)) == first
 
 

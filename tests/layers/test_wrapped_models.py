@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from models import FEATURES, Regressor, fit, series
+from helpers import FEATURES, Regressor, fit, hooks_of, messages, series
 from torch import nn
 from torch.testing import assert_close
 
@@ -45,7 +45,7 @@ class Layer(nn.Module):
         return self.rnn(self.project(inputs))[0]
 
 
-class Loop(nn.Module):
+class CellLoop(nn.Module):
     """A cell in a loop."""
 
     def __init__(self, kind="LSTMCell"):
@@ -114,7 +114,7 @@ WRAPS = {
     "the container, in place": {"wrap": in_place},
     "the layer, in place": {"wrap_layer": in_place},
 }
-MAKES = {"GRU": Layer, "LSTM": lambda: Layer("LSTM"), "LSTMCell": Loop, "custom cell": CustomLoop}
+MAKES = {"GRU": Layer, "LSTM": lambda: Layer("LSTM"), "LSTMCell": CellLoop, "custom cell": CustomLoop}
 wraps = pytest.mark.parametrize("wrap", WRAPS)
 makes = pytest.mark.parametrize("make", MAKES)
 
@@ -124,23 +124,23 @@ def run(make, wrap=None, watched=True):
     """Train a model; return it, what a monitor that measures now and then has seen, and what was warned of."""
     torch.compiler.reset()
     model, monitor = Wrapped(MAKES[make], **WRAPS.get(wrap, {})), None
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
         if watched:
             monitor = LyapunovMonitor("encoder.rnn" if make == "custom cell" else None, warmup=2, strict=True)
         fit(model, *[monitor] * watched)
-    return model, monitor, [str(warning.message) for warning in said if "`encoder" in str(warning.message)]
+    return model, monitor, messages(record, "`encoder")
 
 
 @wraps
 @makes
 def test_compiled_parts_have_the_names_and_values_of_the_model_as_it_was(make, wrap):
-    (_, plain, _), (_, compiled, said) = run(make), run(make, wrap)
+    (_, plain, _), (_, compiled, warned) = run(make), run(make, wrap)
     assert list(compiled.history) == ["encoder.rnn"]
     assert plain.history["encoder.rnn"]["step"].tolist() == [0, 2, 5]
     assert plain.history["encoder.rnn"]["spectrum"].isfinite().all()
     assert_close(compiled.history["encoder.rnn"], plain.history["encoder.rnn"], rtol=1e-4, atol=1e-4)
-    assert not said
+    assert not warned
 
 
 @wraps
@@ -154,7 +154,7 @@ def test_a_compiled_run_with_the_monitor_is_bitwise_that_without(make, wrap):
 @makes
 def test_no_hook_is_left_on_any_part(make, wrap):
     model, _, _ = run(make, wrap)
-    assert not [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
+    assert not hooks_of(model)
 
 
 @pytest.mark.parametrize("make", ["LSTMCell", "custom cell"])
@@ -270,7 +270,7 @@ def test_a_shared_layer_that_is_named_twice_is_measured_once():
     assert len(measured(Shared(), ["rnn", "decoder"])) == 1
 
 
-class CompiledTwin(Regressor):
+class CompiledBeside(Regressor):
     """Keeps a layer and its compiled form, as people do who want to save the one and call the other."""
 
     def __init__(self):
@@ -282,7 +282,7 @@ class CompiledTwin(Regressor):
 
 
 def test_a_layer_and_its_compiled_form_are_one():
-    history = measured(CompiledTwin())
+    history = measured(CompiledBeside())
     assert len(history) == 1
     (measurements,) = history.values()
     assert_close(measurements, measured(Regressor("GRU"))["rnn"], rtol=1e-4, atol=1e-4)

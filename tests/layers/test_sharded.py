@@ -5,11 +5,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import FEATURES, failing_monitor, keys_of, run_cell
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from models import FEATURES
-from test_callback import keys_of
-from test_distributed import Sleeping, Still, alone, assert_all_know_the_same, distributed, shorter, spoilt
+from processes import (
+    IdleMonitor,
+    RankModel,
+    assert_all_know_the_same,
+    fit_alone,
+    fit_distributed,
+    in_processes,
+    joint_batches,
+    shorter,
+    spoilt,
+)
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -18,17 +27,14 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
-import lightning_lyapunov.callbacks.monitor
-import lightning_lyapunov.layers.torch_nn
 from lightning_lyapunov import LyapunovMonitor, jacobians, lyapunov_spectrum, register_layer
+from lightning_lyapunov.callbacks import measurement
 from lightning_lyapunov.layers.sharding import gathered
+from lightning_lyapunov.layers.torch_nn import StackedLayer
 
 HIDDEN = 5
 
-pytestmark = [
-    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
-    pytest.mark.filterwarnings("ignore"),
-]
+pytestmark = in_processes
 
 
 class _Forked:
@@ -55,14 +61,14 @@ class FSDP1(_Forked, FSDPStrategy):
 def sharded(model, num_processes, folder, *, tensor=1, **options):
     """Train with the layers spread over all processes, ``tensor`` of which see the same data."""
     strategy = partial(ModelParallel, num_processes // tensor, tensor, save_distributed_checkpoint=False)
-    return distributed(model, num_processes, folder, strategy=strategy, **options)
+    return fit_distributed(model, num_processes, folder, strategy=strategy, **options)
 
 
-class Sharded(Still):
+class Sharded(RankModel):
     """Spreads its weights over the processes where there are several."""
 
-    def __init__(self, shard, mine=None, **options):
-        super().__init__(mine, **options)
+    def __init__(self, shard, change=None, **options):
+        super().__init__(change, **options)
         self.shard = shard
 
     def configure_model(self):
@@ -92,14 +98,15 @@ def both_layers_of_a_cell(model, mesh):
 LSTM = {"cell": "LSTM", "num_layers": 2, "bidirectional": True}
 
 
-def assert_right(model, num_processes, folder, tensor=1, **options):
+def assert_right(model, num_processes, folder, *, tensor=1, modules=None):
     """Check the values of all processes against those of one that holds the model and sees all sequences."""
-    results = sharded(model(), num_processes, folder, tensor=tensor, **options)
+    monitor = LyapunovMonitor(modules, every_n_train_steps=1, warmup=2, strict=True)
+    results = sharded(model(), num_processes, folder, tensor=tensor, monitor=monitor)
     assert_all_know_the_same(results)
     # The processes of a tensor-parallel group see the same.
-    batches = [torch.cat(parts) for parts in zip(*(result["inputs"] for result in results[::tensor]), strict=True)]
+    batches = joint_batches(results[::tensor])
     assert len(batches[0].unique(dim=0)) == 4 * num_processes // tensor
-    assert_close(results[0]["values"], alone(model(), batches), rtol=1e-5, atol=1e-6)
+    assert_close(results[0]["values"], fit_alone(model(), batches, modules=modules), rtol=1e-5, atol=1e-6)
     assert results[0]["values"][-1]["lyapunov/max"].isfinite()
 
 
@@ -127,7 +134,7 @@ def test_a_sharded_weight_behind_a_parametrisation_is_the_whole_one(shard, tmp_p
     assert_right(partial(Parametrised, shard), 2, tmp_path)
 
 
-# Cells of the user's
+# Custom cells
 
 
 class Cell(nn.Module):
@@ -147,20 +154,10 @@ class Looped(Sharded):
         self.rnn = Cell()
 
     def forward(self, inputs):
-        states = [inputs.new_zeros(len(inputs), HIDDEN)]
-        for step_inputs in inputs.unbind(1):
-            states.append(self.rnn(step_inputs, states[-1]))
-        return self.head(torch.stack(states[1:], 1))
+        return self.head(run_cell(self.rnn, inputs, inputs.new_zeros(len(inputs), HIDDEN)))
 
 
-def watching_a_cell():
-    return LyapunovMonitor("rnn", every_n_train_steps=1, warmup=2, strict=True)
-
-
-def assert_right_for_a_cell(model, num_processes, folder, **options):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("test_sharded.alone", partial(alone, modules="rnn"))
-        assert_right(model, num_processes, folder, monitor=watching_a_cell(), **options)
+assert_right_for_a_cell = partial(assert_right, modules="rnn")
 
 
 @pytest.mark.parametrize("shard", [whole_model, each_layer, both_layers_of_a_cell])
@@ -220,10 +217,7 @@ class Leaky(nn.Module):
         return 0.9 * state + self.linear(torch.cat((inputs, state), -1)).tanh()
 
     def forward(self, inputs):
-        states = [inputs.new_zeros(len(inputs), HIDDEN)]
-        for step_inputs in inputs.unbind(1):
-            states.append(self.step(step_inputs, states[-1]))
-        return torch.stack(states[1:], 1)
+        return run_cell(self.step, inputs, inputs.new_zeros(len(inputs), HIDDEN))
 
 
 register_layer(
@@ -266,8 +260,7 @@ class Sometimes(Sharded):
 def test_a_sharded_layer_that_one_process_does_not_call_is_measured_on_the_others(num_processes, tmp_path):
     results = sharded(Sometimes(whole_model), num_processes, tmp_path)
     assert_all_know_the_same(results)
-    batches = [torch.cat(parts) for parts in zip(*(result["inputs"] for result in results[1:]), strict=True)]
-    expected = alone(Sometimes(whole_model), batches, modules="other")
+    expected = fit_alone(Sometimes(whole_model), joint_batches(results[1:]), modules="other")
     assert set(results[0]["values"][0]) == keys_of("rnn", "other")
     for values, alone_values in zip(results[0]["values"], expected, strict=True):
         for key in keys_of("other") - keys_of():
@@ -291,29 +284,31 @@ def test_a_process_that_is_not_finite_makes_nan_of_all(tmp_path):
 
 @pytest.mark.parametrize("what", ["layer_growth", "working_dtype"])
 def test_a_process_whose_measurement_fails_makes_nan_of_all(what, tmp_path, monkeypatch):
-    original = getattr(lightning_lyapunov.callbacks.monitor, what)
-
-    def fails_on_one(*args, **kwargs):
+    def fails_on_one(*args):
         if torch.distributed.get_rank() == 1:
             raise torch.linalg.LinAlgError("no convergence")
-        return original(*args, **kwargs)
+        return working_dtype(*args)
 
-    monkeypatch.setattr(lightning_lyapunov.callbacks.monitor, what, fails_on_one)
-    monitor = LyapunovMonitor(every_n_train_steps=1)
+    working_dtype = measurement.working_dtype
+    if what == "layer_growth":
+        monitor = failing_monitor(lambda _: torch.distributed.get_rank() == 1, every_n_train_steps=1)
+    else:
+        monkeypatch.setattr(measurement, "working_dtype", fails_on_one)
+        monitor = LyapunovMonitor(every_n_train_steps=1)
     results = sharded(Sharded(each_layer, **LSTM), 2, tmp_path, monitor=monitor)
     assert_all_know_the_same(results)
     assert results[0]["values"][-1]["lyapunov/rnn.l1/max"].isnan()
 
 
 def test_a_process_that_cannot_read_a_call_makes_nan_of_all(tmp_path, monkeypatch):
-    read_call = lightning_lyapunov.layers.torch_nn.StackedLayer.read_call
+    read_call = StackedLayer.read_call
 
     def fails_on_one(*args):
         if torch.distributed.get_rank() == 1:
             raise ValueError("unreadable")
         return read_call(*args)
 
-    monkeypatch.setattr(lightning_lyapunov.layers.torch_nn.StackedLayer, "read_call", fails_on_one)
+    monkeypatch.setattr(StackedLayer, "read_call", fails_on_one)
     monitor = LyapunovMonitor(every_n_train_steps=1)
     results = sharded(Sharded(each_layer), 2, tmp_path, monitor=monitor)
     assert_all_know_the_same(results)
@@ -327,7 +322,7 @@ def test_sharded_weights_are_bitwise_those_without_the_monitor(shard, tmp_path):
             pass
 
     results = []
-    for monitor in (Sleeping(), LyapunovMonitor(every_n_train_steps=1, strict=True)):
+    for monitor in (IdleMonitor(), LyapunovMonitor(every_n_train_steps=1, strict=True)):
         model = Training(shard)
         results.append(sharded(model, 2, tmp_path, monitor=monitor, max_epochs=2))
     without, monitored = results
@@ -341,7 +336,7 @@ def test_sharded_weights_are_bitwise_those_without_the_monitor(shard, tmp_path):
 
 
 class Refused(LyapunovMonitor):
-    """Writes down what each process refuses, and sleeps."""
+    """Writes down what each process refuses, and does nothing else."""
 
     def __init__(self, folder, modules):
         super().__init__(modules)
@@ -359,10 +354,10 @@ def layers_by_themselves(module, recurse, **_):
 
 @pytest.mark.parametrize("policy", [None, layers_by_themselves], ids=["whole model", "each layer"])
 @pytest.mark.parametrize("original", [True, False], ids=["use_orig_params", "flat parameters"])
-@pytest.mark.parametrize("model", [Still, partial(Looped, None)], ids=["GRU", "cell"])
+@pytest.mark.parametrize("model", [RankModel, partial(Looped, None)], ids=["GRU", "cell"])
 def test_all_processes_refuse_the_flat_parameters_of_the_first_fsdp(model, original, policy, tmp_path):
     strategy = partial(FSDP1, use_orig_params=original, auto_wrap_policy=policy)
-    distributed(model(), 2, tmp_path, monitor=Refused(tmp_path, "rnn"), strategy=strategy)
+    fit_distributed(model(), 2, tmp_path, monitor=Refused(tmp_path, "rnn"), strategy=strategy)
     first, second = (torch.load(f"{tmp_path}/refusal{rank}.pt") for rank in range(2))
     assert first == second
     assert "are sharded, and `" in first
@@ -370,10 +365,9 @@ def test_all_processes_refuse_the_flat_parameters_of_the_first_fsdp(model, origi
 
 
 def test_what_the_first_fsdp_keeps_whole_is_measured(tmp_path):
-    results = distributed(Still(), 2, tmp_path, strategy=partial(FSDP1, sharding_strategy="NO_SHARD"))
+    results = fit_distributed(RankModel(), 2, tmp_path, strategy=partial(FSDP1, sharding_strategy="NO_SHARD"))
     assert_all_know_the_same(results)
-    batches = [torch.cat(parts) for parts in zip(*(result["inputs"] for result in results), strict=True)]
-    assert_close(results[0]["values"], alone(Still(), batches), rtol=1e-5, atol=1e-6)
+    assert_close(results[0]["values"], fit_alone(RankModel(), joint_batches(results)), rtol=1e-5, atol=1e-6)
 
 
 # One process

@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from models import Regressor, fit, series
+from helpers import Regressor, fit, series
 
 from lightning_lyapunov import InstabilityStopping, LyapunovMonitor
 

@@ -9,15 +9,13 @@ import lightning.pytorch
 import pytest
 import pytorch_lightning
 import torch
+from helpers import Dial, Regressor, TwoLayers, fit, leading_exponents, series
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
-from models import Dial, Regressor, TwoLayers, fit, series
 from torch import nn
 
 from lightning_lyapunov import InstabilityStopping, LyapunovMonitor
-from lightning_lyapunov.callbacks.monitor import Estimate
-from lightning_lyapunov.functional import layer_growth
-from lightning_lyapunov.layers.registry import as_layer
-from lightning_lyapunov.metrics import student_t_quantile
+from lightning_lyapunov.callbacks.publish import Estimate
+from lightning_lyapunov.confidence import student_t_quantile
 
 WORSE = [-0.2, -0.1, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
 
@@ -195,8 +193,8 @@ def test_its_count_survives_a_resume(tmp_path):
 def test_it_can_be_copied_and_pickled():
     rule = InstabilityStopping(0.1, patience=3)
     run(rule)
-    for twin in (copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))):
-        assert (twin.threshold, twin.patience, twin.stopped_epoch) == (0.1, 3, rule.stopped_epoch)
+    for copied in (copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))):
+        assert (copied.threshold, copied.patience, copied.stopped_epoch) == (0.1, 3, rule.stopped_epoch)
 
 
 def test_it_stops_a_trainer_of_the_other_lightning():
@@ -233,22 +231,6 @@ def test_lightning_orders_it_as_early_stopping():
     assert isinstance(InstabilityStopping(), lightning.pytorch.callbacks.EarlyStopping)
 
 
-@pytest.mark.parametrize(
-    ("probability", "degrees", "quantile"),
-    # Abramowitz & Stegun, table 26.10.
-    [
-        (0.95, 1, 6.314),
-        (0.975, 2, 4.303),
-        (0.95, 7, 1.895),
-        (0.975, 15, 2.131),
-        (0.995, 30, 2.750),
-        (0.95, 10**4, 1.645),
-    ],
-)
-def test_students_quantiles_are_those_of_the_tables(probability, degrees, quantile):
-    assert student_t_quantile(probability, degrees) == pytest.approx(quantile, abs=6e-4)
-
-
 def random_network(size=24, gain=1.4):
     torch.manual_seed(1)
     module = nn.RNN(2, size)
@@ -256,25 +238,12 @@ def random_network(size=24, gain=1.4):
     return module
 
 
-def exponents(module, sequences, steps, warmup):
-    layer = as_layer(module)
-    ((_, growth),) = layer_growth(
-        layer,
-        layer.read(torch.randn(steps, sequences, 2)),
-        num_exponents=2,
-        warmup=warmup,
-        qr_interval="auto",
-        dtype=torch.float32,
-    )
-    return (growth.total / growth.steps.unsqueeze(-1))[0]
-
-
 def test_false_alarms_on_a_stable_network_near_the_edge_are_rare():
     # Its exponent is below the threshold by the scatter between sequences; the windows are those of the monitor.
     module = random_network()
-    threshold = float(exponents(module, 64, 2000, 500)[:, 0].mean()) + 0.02
+    threshold = float(leading_exponents(module, 64, steps=2000, warmup=500)[0, :, 0].mean()) + 0.02
     repeats, sequences = 400, 16
-    values = exponents(module, repeats * sequences, 100, 20)[:, 0]
+    values = leading_exponents(module, repeats * sequences, steps=100, warmup=20)[0, :, 0]
     assert values.std() > 0.015
     alarms = [
         judged(float(v.mean()), float(v.std()) / sequences**0.5, sequences, threshold=threshold) == "above"

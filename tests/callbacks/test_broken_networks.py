@@ -4,23 +4,14 @@ import math
 
 import pytest
 import torch
+from helpers import Packed, Regressor, Still, failing_monitor, fit, keys_of, messages, published, series
 from lightning.pytorch.callbacks import EarlyStopping
-from models import Packed, Regressor, fit, series
-from test_callback import keys_of, published
 from torch.testing import assert_close
 
-import lightning_lyapunov.callbacks.monitor
 from lightning_lyapunov import EXPONENT_FLOOR, LyapunovMonitor, lyapunov_spectrum
 
 cells = pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
 not_finite = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-
-
-class Still(Regressor):
-    """Trains without moving: its weights stay what the test has made them."""
-
-    def on_after_backward(self):
-        self.zero_grad()
 
 
 def watch(model, *callbacks, data=None, num_exponents=None, **options):
@@ -111,13 +102,10 @@ def test_infinite_inputs_make_nan_of_the_numbers_exactly_if_they_do_of_the_outpu
     assert second.isfinite().all()
 
 
-class StartsAt(Regressor):
+class StartsAt(Still):
     """Starts its layer in a given state."""
 
     start = 0.0
-
-    def on_after_backward(self):
-        self.zero_grad()
 
     def forward(self, inputs):
         state = torch.full((1, len(inputs), 5), self.start)
@@ -226,7 +214,7 @@ def test_what_fades_faster_than_single_precision_is_at_the_floor(rate):
     assert all_finite(values)
 
 
-# Hardly there
+# Tiny networks and short sequences
 
 
 @cells
@@ -254,11 +242,8 @@ def test_one_sequence_of_two_steps_that_count_has_an_error_too(cell):
     assert all_finite(values)
 
 
-class Short(Packed):
+class Short(Still, Packed):
     """Sequences of which some are over before the warm-up is."""
-
-    def on_after_backward(self):
-        self.zero_grad()
 
     def training_step(self, batch, batch_idx):
         return self(batch[0]).square().mean()
@@ -333,34 +318,20 @@ def test_a_dead_network_is_finite_and_trains_on():
     assert stopped_after(BreaksDown(0.0)) == 6
 
 
-def failing(monkeypatch, fails):
-    """Let the measurements of these numbers fail."""
-    measure, numbers = lightning_lyapunov.callbacks.monitor.layer_growth, iter(range(1000))
-
-    def layer_growth(*args, **kwargs):
-        if fails(next(numbers)):
-            raise torch.linalg.LinAlgError("no convergence")
-        return measure(*args, **kwargs)
-
-    monkeypatch.setattr(lightning_lyapunov.callbacks.monitor, "layer_growth", layer_growth)
-
-
 @pytest.mark.filterwarnings("ignore:.*could not be measured")
 @pytest.mark.parametrize(
     "fails",
     [lambda number: number >= 3, lambda number: number == 2, lambda number: number == 0, lambda number: True],
     ids=["from the fourth on", "the third", "the first", "each"],
 )
-def test_measurements_that_fail_stop_no_run(monkeypatch, fails):
-    failing(monkeypatch, fails)
+def test_measurements_that_fail_stop_no_run(fails):
     # Before a first value there is only NaN, for which an `EarlyStopping` waits if it is told to, as the warning says.
-    assert stopped_after(Still("GRU"), LyapunovMonitor(), check_finite=not fails(1)) == 6
+    assert stopped_after(Still("GRU"), failing_monitor(fails), check_finite=not fails(1)) == 6
 
 
 @pytest.mark.filterwarnings("ignore:.*could not be measured")
-def test_a_measurement_that_fails_leaves_nan_in_the_history_of_that_step_alone(monkeypatch):
-    failing(monkeypatch, lambda number: number == 2)
-    monitor = LyapunovMonitor(every_n_train_steps=1)
+def test_a_measurement_that_fails_leaves_nan_in_the_history_of_that_step_alone():
+    monitor = failing_monitor(lambda number: number == 2, every_n_train_steps=1)
     trainer = fit(Still("GRU"), monitor, data=series(2))
     assert monitor.history["rnn"]["spectrum"].isnan().all(1).tolist() == [False, False, True, False]
     assert all_finite(published(trainer))
@@ -368,4 +339,4 @@ def test_a_measurement_that_fails_leaves_nan_in_the_history_of_that_step_alone(m
 
 def test_a_network_that_is_not_finite_is_no_failure_and_no_warning(recwarn):
     fit(filled(Still("GRU"), math.nan), LyapunovMonitor(), data=series(2))
-    assert not [str(warning.message) for warning in recwarn if "yapunov" in str(warning.message)]
+    assert not messages(recwarn, "yapunov")

@@ -5,14 +5,25 @@ import math
 
 import pytest
 import torch
-from models import FEATURES, Halves, Loop, Regressor, fit, series
+from helpers import (
+    FEATURES,
+    Halves,
+    Loop,
+    Regressor,
+    descending,
+    fit,
+    growth_of,
+    make_recorder,
+    members,
+    messages,
+    series,
+)
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
 
 from lightning_lyapunov import LyapunovMonitor, lyapunov_spectrum
-from lightning_lyapunov.functional import layer_growth
-from lightning_lyapunov.layers.registry import as_layer
+from lightning_lyapunov.layers.discovery import find_layers
 from lightning_lyapunov.recording.recorder import Recorder
 
 TIME, BATCH, HIDDEN = 8, 3, 4
@@ -35,8 +46,7 @@ class Recording:
     """A recorder of one layer, as a context."""
 
     def __init__(self, module, num_sequences=16, max_steps=100):
-        self.module = module
-        self.recorder = Recorder({"layer": (module, as_layer(module))}, num_sequences, max_steps)
+        self.recorder = make_recorder(module, num_sequences, max_steps)
 
     def __enter__(self):
         self.recorder.start()
@@ -160,9 +170,8 @@ def test_a_chain_has_the_spectrum_of_the_long_call(make):
     with Recording(module) as recording:
         for piece in inputs.split(1):
             _, state = module(piece, state)
-    options = {"num_exponents": None, "warmup": 0, "qr_interval": "auto", "dtype": torch.float64}
-    growths = layer_growth(as_layer(module), recording.sequences, **options)
-    spectrum = torch.cat([growth.total[0] / TIME for _, growth in growths], -1).sort(descending=True).values
+    growths = growth_of(module, recording.sequences)
+    spectrum = descending(torch.cat([growth.total[0] / TIME for growth in growths], -1))
     expected = lyapunov_spectrum(module, inputs)
     assert_close(spectrum.clamp(min=expected.min()), expected, rtol=0, atol=1e-8)
 
@@ -199,7 +208,7 @@ def test_the_members_of_a_batch_in_another_order_are_new_sequences(make):
     turn = [1, 2, 0]
     with Recording(module) as recording:
         _, state = module(inputs)
-        turned = tuple(part[:, turn] for part in state) if isinstance(state, tuple) else state[:, turn]
+        turned = members(state, turn)
         module(inputs, turned)
     assert recording.sequences.lengths.tolist() == [TIME] * 2 * BATCH
     assert torch.equal(recording.sequences.states[:, BATCH:], joined(turned))
@@ -235,8 +244,7 @@ def test_the_directions_of_a_bidirectional_layer_share_no_chain():
     with Recording(module) as recording:
         _, state = module(inputs[:5])
         module(inputs[5:], state)
-    options = {"num_exponents": None, "warmup": 0, "qr_interval": "auto", "dtype": torch.float64}
-    (_, growth) = layer_growth(as_layer(module), recording.sequences, **options)[1]
+    _, growth = growth_of(module, recording.sequences)
     backwards = nn.GRU(FEATURES, HIDDEN).double()
     backwards.load_state_dict(
         {
@@ -292,8 +300,7 @@ def test_packed_calls_that_go_on_have_the_spectrum_of_the_data_alone():
     with Recording(module) as recording:
         _, state = module(pack_padded_sequence(inputs[:4], torch.tensor(first), enforce_sorted=False))
         module(pack_padded_sequence(inputs[4:], torch.tensor(second), enforce_sorted=False), state)
-    options = {"num_exponents": 1, "warmup": 0, "qr_interval": "auto", "dtype": torch.float64}
-    ((_, growth),) = layer_growth(as_layer(module), recording.sequences, **options)
+    (growth,) = growth_of(module, recording.sequences, num_exponents=1)
     for member in range(BATCH):
         data = torch.cat((inputs[: first[member], member], inputs[4 : 4 + second[member], member]))
         expected = lyapunov_spectrum(module, data, num_exponents=1)[0] * len(data)
@@ -364,7 +371,7 @@ def test_an_empty_batch_is_no_sequence(make):
 
 def test_a_layer_that_is_not_called_is_not_recorded():
     called, silent = nn.GRU(FEATURES, HIDDEN), nn.GRU(FEATURES, HIDDEN)
-    recorder = Recorder({"called": (called, as_layer(called)), "silent": (silent, as_layer(silent))}, 4, 10)
+    recorder = Recorder(find_layers(nn.ModuleDict({"called": called, "silent": silent})), 4, 10)
     recorder.start()
     called(torch.randn(2, 1, FEATURES))
     recorder.stop()
@@ -422,7 +429,7 @@ def test_recording_changes_neither_outputs_nor_gradients(make):
 def test_only_its_own_hook_is_on_the_layer_and_only_while_it_records():
     module = nn.GRU(FEATURES, HIDDEN)
     theirs = module.register_forward_hook(lambda *_: None)
-    recorder = Recorder({"layer": (module, as_layer(module))}, 4, 10)
+    recorder = make_recorder(module, 4, 10)
     for _ in range(2):  # starting twice is starting anew
         recorder.start()
         assert recorder.recording
@@ -551,8 +558,7 @@ def test_a_layer_that_a_step_does_not_call_is_said_once_and_its_keys_stay(recwar
     monitor = LyapunovMonitor(every_n_train_steps=1)
     trainer = fit(EachInItsTurn(), monitor, data=series(6), max_epochs=1)
     cells = ["rnn", "other.l0", "other.l1"]
-    said = [str(warning.message) for warning in recwarn if "was not called" in str(warning.message)]
-    assert sorted(message.split("`")[1] for message in said) == ["other", "rnn"]
+    assert sorted(message.split("`")[1] for message in messages(recwarn, "was not called")) == ["other", "rnn"]
     assert list(monitor.history) == cells
     assert all(len(measurements["step"]) == 6 for measurements in monitor.history.values())
     assert {key.split("/")[1] for key in trainer.callback_metrics if key.count("/") == 2} == set(cells)

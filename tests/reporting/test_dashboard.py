@@ -13,7 +13,8 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_lyapunov import EXPONENT_FLOOR
-from lightning_lyapunov.reporting.loggers import current_spectrum_picture, log_spectra, lyapunov_layout, spectrum_picture
+from lightning_lyapunov.reporting.loggers import log_spectra, lyapunov_layout
+from lightning_lyapunov.reporting.pictures import current_spectrum_picture, spectrum_picture
 
 WHITE, RED, BLUE = [255, 255, 255], [178, 24, 43], [33, 84, 163]
 
