@@ -19,7 +19,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from lightning_lyapunov import lyapunov_spectrum, spectrum
+from lightning_lyapunov import lyapunov_spectrum
+from lightning_lyapunov.kernel.interval import IntervalController
 
 INPUTS = 32
 
@@ -152,13 +153,13 @@ CASES = {
 
 def dtype_of_most_products(run: Callable[[], object]) -> torch.dtype:
     counts: Counter[torch.dtype] = Counter()
-    plan = spectrum._Walk._plan
+    accept = IntervalController.accept
 
-    def noted(walk: spectrum._Walk, steps: int, lean: float) -> None:
-        counts[walk.method.dtype] += steps
-        plan(walk, steps, lean)
+    def noted(controller: IntervalController, steps: int, log_condition: float, *, oblique: bool) -> None:
+        counts[controller.current.dtype] += steps
+        accept(controller, steps, log_condition, oblique=oblique)
 
-    with mock.patch.object(spectrum._Walk, "_plan", noted):
+    with mock.patch.object(IntervalController, "accept", noted):
         run()
     return counts.most_common(1)[0][0]
 
