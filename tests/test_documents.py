@@ -5,18 +5,17 @@ import math
 import re
 import runpy
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from models import Regressor, fit
+from helpers import ROOT, Regressor, fit
 
 from lightning_lyapunov import LyapunovMonitor, lyapunov_spectrum
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGE = (ROOT / "examples" / "reading_the_dashboard.md").read_text(encoding="utf-8")
+GUARANTEES = (ROOT / "tests" / "README.md").read_text(encoding="utf-8").partition("## What is guaranteed")[2]
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -24,7 +23,7 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 
 def keys(text: str) -> set[str]:
-    rows = re.findall(r"^\| (`lyapunov.*?) \|", text, re.MULTILINE)
+    rows = re.findall(r"^\| (`lyapunov/.*?) \|", text, re.MULTILINE)
     return {key for row in rows for key in re.findall(r"`(.*?)`", row)}
 
 
@@ -75,13 +74,16 @@ def test_the_two_commands_of_the_readme_name_what_exists():
 
 
 def test_each_promise_of_the_readme_has_its_test():
-    promises = README.partition("## What it promises")[2].partition("\n## ")[0]
-    links = re.findall(r'\]\((\S+) "(\w+)"\)', promises)
-    for path, test in links:
-        assert f"\ndef {test}(" in (ROOT / path).read_text(encoding="utf-8"), test
-    points = promises.split("\n- **")[1:]
-    assert len(points) == 8
-    assert all("](tests/" in point for point in points)
+    assert "](tests/README.md)" in README
+    assert GUARANTEES.count("\n### ") == 8
+    points = re.findall(r"^- .*\n(?:  .*\n)*", GUARANTEES, re.MULTILINE)
+    assert len(points) > 30
+    for point in points:
+        links = re.findall(r"\[`(\S+)::(\w+)`\]\((\S+)\)", point)
+        assert links, point
+        for path, test, link in links:
+            assert link == path
+            assert f"\ndef {test}(" in (ROOT / "tests" / path).read_text(encoding="utf-8"), test
 
 
 def test_the_pictures_of_the_readme_are_there():
