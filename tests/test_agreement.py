@@ -63,6 +63,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.slow
 @kinds
 @pytest.mark.parametrize("size", [16, 80])  # followed in float64 from the start, and in float32 where that does
 @pytest.mark.parametrize("network", NETWORKS)
@@ -144,6 +145,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_steps_beyond_the_inputs():
     def peak(steps):
         command = [sys.executable, "-c", MEASURE_PEAK, str(steps)]

@@ -8,6 +8,8 @@ from torch import nn
 from lightning_lyapunov.confidence import student_t_quantile
 from lightning_lyapunov.metrics import lyapunov_metrics
 
+pytestmark = pytest.mark.slow
+
 REPEATS = 400
 
 

@@ -91,6 +91,7 @@ def test_the_pictures_of_the_readme_are_there():
         assert (ROOT / path).stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_the_quickstart_says_what_it_learned_and_where_the_dashboard_is(monkeypatch, tmp_path, capsys):
     run_example("quickstart.py", monkeypatch, tmp_path, "--epochs", "2")
     said = capsys.readouterr().out
@@ -101,12 +102,14 @@ def test_the_quickstart_says_what_it_learned_and_where_the_dashboard_is(monkeypa
     assert list((tmp_path / "runs").rglob("events.out.tfevents.*"))
 
 
+@pytest.mark.slow
 def test_the_quickstart_learns_a_text_of_ones_own(monkeypatch, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("to be, or not to be, that is the question; " * 3000, encoding="utf-8")
     run_example("quickstart.py", monkeypatch, tmp_path, "--epochs", "1", "--text", str(tmp_path / "text.txt"))
     assert "116,100 characters to learn from" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_unstable_quickstart_is_stopped_before_it_wastes_its_budget(monkeypatch, tmp_path, capsys):
     run_example("quickstart.py", monkeypatch, tmp_path, "--unstable")
     said = capsys.readouterr().out
@@ -115,6 +118,7 @@ def test_the_unstable_quickstart_is_stopped_before_it_wastes_its_budget(monkeypa
     assert "Training stops at step" in said
 
 
+@pytest.mark.slow
 def test_the_closed_loop_runs_from_data_to_exponents(monkeypatch, tmp_path, capsys):
     run_example("closed_loop.py", monkeypatch, tmp_path, "--iterations", "400")
     errors = re.findall(r"^λ\d.* (\S+)$", capsys.readouterr().out, re.MULTILINE)
@@ -122,6 +126,7 @@ def test_the_closed_loop_runs_from_data_to_exponents(monkeypatch, tmp_path, caps
     assert [abs(float(error)) for error in errors[:2]] == pytest.approx([0, 0], abs=0.3)
 
 
+@pytest.mark.slow
 def test_the_custom_cells_are_measured_and_the_unitary_one_neither_forgets_nor_explodes(monkeypatch, tmp_path, capsys):
     run_example("custom_cells.py", monkeypatch, tmp_path, "--epochs", "1")
     rows = re.findall(r"^(\w+) +([+-]\d\.\d{4}) +\S+ +([+-]\d\.\d{4})", capsys.readouterr().out, re.MULTILINE)
@@ -130,6 +135,7 @@ def test_the_custom_cells_are_measured_and_the_unitary_one_neither_forgets_nor_e
     assert [(float(largest), float(smallest)) for name, largest, smallest in rows if name == "UnitaryCell"] == [(0, 0)]
 
 
+@pytest.mark.slow
 def test_the_plain_function_example_agrees_with_the_literature(monkeypatch, tmp_path, capsys):
     run_example("plain_function.py", monkeypatch, tmp_path)
     said = capsys.readouterr().out
@@ -139,6 +145,7 @@ def test_the_plain_function_example_agrees_with_the_literature(monkeypatch, tmp_
     assert torch.isfinite(torch.tensor(list(first.values()))).all()
 
 
+@pytest.mark.slow
 def test_the_remedies_are_run_beside_their_troubles(monkeypatch, tmp_path, capsys):
     run_example("remedies.py", monkeypatch, tmp_path, "--steps", "20")
     said = capsys.readouterr().out

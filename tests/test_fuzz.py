@@ -4,6 +4,7 @@ import math
 import re
 
 import numpy as np
+import pytest
 import reference
 import torch
 from helpers import Regressor, Still, fit, keys_of, published, series
@@ -13,6 +14,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from lightning_lyapunov import EXPONENT_FLOOR, LyapunovMonitor, lyapunov_spectrum
+
+pytestmark = pytest.mark.slow
 
 KINDS = {"rnn-tanh": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
 

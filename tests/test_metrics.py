@@ -398,6 +398,7 @@ def _process(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_every_process_gets_the_value_over_all_of_them(tmp_path):
     torch.multiprocessing.spawn(_process, (tmp_path,), nprocs=2)
     expected = updated(updated(lyapunov_metrics(COUNT)), slice(2)).compute()

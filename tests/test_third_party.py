@@ -15,6 +15,8 @@ from torch.testing import assert_close
 from lightning_lyapunov import LyapunovMonitor, lyapunov_spectrum
 from lightning_lyapunov.recording.recorder import Recorder
 
+pytestmark = pytest.mark.slow
+
 # pytorch_lightning, whose classes are others than those of lightning.pytorch
 
 

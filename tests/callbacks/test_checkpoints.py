@@ -175,6 +175,7 @@ def done_with(tmp_path_factory):
     return {name: (monitor, saved(tmp_path_factory.mktemp(name), monitor)) for name, monitor in monitors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", BEFORE)
 @pytest.mark.parametrize("after", OPTIONS)
 def test_a_monitor_with_other_options_finds_the_history_again(before, after, done_with, recwarn):
@@ -223,6 +224,7 @@ class StackedGRU(Regressor):
         return self.head(self.head_rnn(self.rnn(inputs)[0])[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after", "found"), SEVERAL.values(), ids=SEVERAL)
 def test_each_of_several_monitors_finds_its_own_history(before, after, found, tmp_path):
     saving = [LyapunovMonitor(modules, every_n_train_steps=n) for modules, n in before]

@@ -31,6 +31,8 @@ from lightning_lyapunov.callbacks.publish import _LOGGED
 from lightning_lyapunov.recording.recorder import Recorder
 from lightning_lyapunov.reporting.history import MAX_MEASUREMENTS
 
+pytestmark = pytest.mark.slow
+
 # Thousands of measurements
 
 

@@ -18,6 +18,8 @@ from torch import nn
 
 from lightning_lyapunov import LyapunovMonitor
 
+pytestmark = pytest.mark.slow
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 
 

@@ -105,6 +105,7 @@ SCHEDULES = [
 
 
 # Binary fractions, so that the sums are the same to the last bit.
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 @pytest.mark.parametrize("cost_of_one", [0.25, 2.0, 8.0])
 @pytest.mark.parametrize("share", [0.5, 0.125])
@@ -118,6 +119,7 @@ def test_each_measurement_is_made_at_the_first_batch_at_which_it_fits(share, cos
     assert len(measured) <= len(without)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("share", [0.5, 0.2])
 def test_the_share_is_kept_when_no_two_measurements_and_batches_take_as_long(share, seed, clock, cost):
@@ -192,6 +194,7 @@ def test_no_optimizer_step_is_measured_twice(accumulate, clock, cost):
     assert steps == [0, 36 // accumulate, 54 // accumulate]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("early", "late"), [(0.125, 8.0), (8.0, 0.125), (1.0, 1.0)], ids=str)
 def test_batches_that_become_slower_or_faster_put_a_measurement_off_no_longer_than_twice(early, late, clock, cost):
     cost["GRU"], starts = 16.0, []
@@ -210,6 +213,7 @@ def test_batches_that_become_slower_or_faster_put_a_measurement_off_no_longer_th
     assert first_fit <= monitor.history["rnn"]["step"][1] <= 2 * first_fit
 
 
+@pytest.mark.slow
 def test_ranks_are_asked_seldom(clock, cost, monkeypatch):
     """For a measurement that is put off for long, and for none of the batches where none is due."""
     cost["GRU"], asked = 64.0, []

@@ -184,6 +184,7 @@ def test_an_epoch_that_is_cut_short_and_does_not_fit_is_pending():
 # In a fit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dataset", [torch.utils.data.TensorDataset, Stream])
 @pytest.mark.parametrize(("schedule", "steps"), SCHEDULES.values(), ids=SCHEDULES)
 def test_schedule_counts_from_the_start_of_training(schedule, steps, dataset):

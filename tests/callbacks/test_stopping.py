@@ -25,6 +25,7 @@ def run(rule, rates=WORSE, *, order=("monitor", "rule"), **options):
     return fit(Dial(rates), *[callbacks[name] for name in order], max_epochs=len(rates), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [("monitor", "rule"), ("rule", "monitor")], ids="-".join)
 @pytest.mark.parametrize(
     "options",
@@ -238,6 +239,7 @@ def random_network(size=24, gain=1.4):
     return module
 
 
+@pytest.mark.slow
 def test_false_alarms_on_a_stable_network_near_the_edge_are_rare():
     # Its exponent is below the threshold by the scatter between sequences; the windows are those of the monitor.
     module = random_network()

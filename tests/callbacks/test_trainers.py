@@ -34,6 +34,7 @@ TRAINERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("options", TRAINERS.values(), ids=TRAINERS)
 @pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
@@ -122,6 +123,7 @@ class SaveInputs(Callback):
         torch.save({"values": published(trainer), "inputs": self.inputs}, f"{self.folder}/{trainer.global_rank}.pt")
 
 
+@pytest.mark.slow
 def test_every_process_publishes_the_value_over_all_of_them(tmp_path):
     model = Regressor(lr=0.0)
     options = {"devices": 2, "strategy": "ddp_spawn", "max_epochs": 1, "data": series(4, shuffle=False)}

@@ -151,6 +151,7 @@ def test_only_the_member_that_explodes_gives_no_number(qr_interval):
 # Extremes
 
 
+@pytest.mark.slow
 @intervals
 @pytest.mark.parametrize("exponent", [-60.0, 60.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

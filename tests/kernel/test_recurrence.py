@@ -460,6 +460,7 @@ def test_no_layer_feels_the_one_above(cell):
         assert matrices[..., above, rows].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", ["rnn-tanh", "gru", "lstm"])
 def test_spectrum_of_the_joint_jacobians_is_the_union_of_the_layers_spectra(cell):
     module, inputs = reference.make(cell, hidden=2, num_layers=2, gain=1.0), randn(1200, 1, 3)

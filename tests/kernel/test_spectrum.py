@@ -287,12 +287,14 @@ def settled(step, state, steps):
     return state
 
 
+@pytest.mark.slow
 def test_henon_map():
     spectra = map_spectrum(henon, torch.rand(2000, 2).double() * 0.1, 300, warmup=50)
     assert_near_literature(spectra, (0.419217, -1.623190), 0.005)
     assert_near(kaplan_yorke_dimension(spectra.mean(0)), tensor(1.258267)[0], 0.005)
 
 
+@pytest.mark.slow
 def test_standard_map():
     # Chirikov's estimate for large K is ln(K / 2); 1.6197 is found by long simulation.
     spectra = map_spectrum(standard_map, torch.rand(2000, 2).double() * 6, 120, warmup=20)
@@ -300,6 +302,7 @@ def test_standard_map():
     assert abs(spectra[:, 0].mean() - math.log(5)) < 0.02
 
 
+@pytest.mark.slow
 def test_lorenz_system():
     step, dt = runge_kutta(lorenz, 0.01), 0.01
     state = settled(step, torch.randn(400, 3).double() * 5 + tensor(0, 0, 25), 4000)
@@ -310,6 +313,7 @@ def test_lorenz_system():
     assert_near(kaplan_yorke_dimension(spectra.mean(0)), tensor(2.06215)[0], 0.005)
 
 
+@pytest.mark.slow
 def test_roessler_system():
     step, dt = runge_kutta(roessler, 0.03), 0.03
     state = settled(step, torch.rand(400, 3).double() * tensor(2, 2, 0) - tensor(6, 0, 0), 6000)
@@ -328,12 +332,14 @@ def random_network(size, gain, batch):
 # From dynamic mean-field theory, for infinitely many units; 512 of them deviate by their share of 1 / sqrt(512) = 0.04.
 
 
+@pytest.mark.slow
 def test_random_network_is_chaotic():
     module, state = random_network(512, 1.5, batch=2)
     spectrum = lyapunov_spectrum(module, torch.zeros(300, 2, 1).double(), state, num_exponents=1, warmup=100)
     assert abs(spectrum.mean() - 0.0652) < 0.03
 
 
+@pytest.mark.slow
 def test_random_network_contracts_on_average():
     module, state = random_network(512, 1.5, batch=8)
     spectrum = lyapunov_spectrum(module, torch.zeros(3, 8, 1).double(), state)

@@ -72,6 +72,7 @@ def test_leading_exponents_are_the_first_of_all():
         assert_near(lyapunov_spectrum(module, inputs, warmup=200, num_exponents=k), everything[:, :k], ROUNDING)
 
 
+@pytest.mark.slow
 @cells
 @intervals
 def test_batch_is_its_members(cell, qr_interval):
@@ -80,6 +81,7 @@ def test_batch_is_its_members(cell, qr_interval):
     assert_near(lyapunov_spectrum(module, inputs, qr_interval=qr_interval), torch.cat(alone), ROUNDING)
 
 
+@pytest.mark.slow
 @cells
 @intervals
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["forwards", "both-ways"])
@@ -117,6 +119,7 @@ def permuted(module, order):
     return other
 
 
+@pytest.mark.slow
 @invertible_cells
 def test_order_of_the_units_does_not_matter(cell):
     module, inputs, order = reference.make(cell, hidden=3, gain=1.0), randn(1500, 1, 3), torch.tensor([2, 0, 1])
@@ -126,6 +129,7 @@ def test_order_of_the_units_does_not_matter(cell):
     assert_near(other, spectrum, 2e-3)  # the frame is another one to these units, and is forgotten as 1 / steps
 
 
+@pytest.mark.slow
 @invertible_cells
 @intervals
 @pytest.mark.usefixtures("small_states")
@@ -207,6 +211,7 @@ def test_segments_share_the_steps_and_the_growth(segments):
     assert_near(parts.total.sum(0), whole.total[0], 1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_states")
 @pytest.mark.parametrize("gain", [0.5, 4.0])
 def test_long_warmup_in_single_precision(gain):
@@ -243,6 +248,7 @@ def test_spectrum_is_finite_sorted_and_of_the_promised_shape(problem):
     assert (spectrum.diff() <= 0).all()
 
 
+@pytest.mark.slow
 @given(problems())
 def test_no_option_but_warmup_changes_the_numbers(problem):
     module, inputs, state, options = problem
@@ -254,6 +260,7 @@ def test_no_option_but_warmup_changes_the_numbers(problem):
         assert_near(single.double(), expected, 1e-3)
 
 
+@pytest.mark.slow
 @given(problems(), st.data())
 def test_members_do_not_meet(problem, data):
     module, inputs, state, options = problem
@@ -263,6 +270,7 @@ def test_members_do_not_meet(problem, data):
     assert_near(lyapunov_spectrum(module, inputs, state, dtype=torch.float64, **options)[[i]], alone, 1e-6)
 
 
+@pytest.mark.slow
 @given(problems())
 def test_sum_is_the_mean_log_determinant_whatever_the_options(problem):
     module, inputs, state, options = problem

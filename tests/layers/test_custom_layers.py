@@ -96,6 +96,7 @@ def exponents_of_state_space(layer, inputs):
         return (-size * layer.log_rate.exp()).sort(-1, descending=True).values
 
 
+@pytest.mark.slow
 def test_state_space_has_its_known_exponents_in_each_sequence():
     layer, inputs = state_space(), torch.randn(BATCH, 300, INPUTS)
     expected = exponents_of_state_space(layer, inputs[:, 200:]).double()
@@ -112,6 +113,7 @@ def test_the_sum_of_a_state_space_is_known_from_the_first_step_on():
 CELLS = [*REAL_CELLS, example.UnitaryCell]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modules", ["cell", None], ids=["named", "found"])
 def test_monitor_has_the_known_exponents_of_a_registered_layer(modules):
     inputs, model = torch.randn(4, 300, INPUTS), example.Recall(state_space())

@@ -388,6 +388,7 @@ def test_reading_the_weights_changes_nothing(kind, names, make, training):
     assert torch.equal(before[3], after[3])
 
 
+@pytest.mark.slow
 @made
 @pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
 def test_a_run_on_made_weights_with_the_monitor_is_bitwise_that_without(kind, make):

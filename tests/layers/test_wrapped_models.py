@@ -11,6 +11,8 @@ from torch.testing import assert_close
 
 from lightning_lyapunov import LyapunovMonitor, lyapunov_spectrum
 
+pytestmark = pytest.mark.slow
+
 HIDDEN = 5
 
 

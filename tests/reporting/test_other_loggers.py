@@ -76,6 +76,7 @@ def leveldb_records(path):
             record = b""
 
 
+@pytest.mark.slow
 def test_wandb_keeps_every_number_at_our_step(wandb_logger):
     logger, read = wandb_logger
     monitor, _ = fit_quietly(logger, log_every_n_steps=1)
@@ -84,6 +85,7 @@ def test_wandb_keeps_every_number_at_our_step(wandb_logger):
     np.testing.assert_allclose([value for _, value in largest], monitor.history["rnn"]["spectrum"][:, 0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_wandb_shows_each_picture_at_our_step(wandb_logger):
     logger, read = wandb_logger
     fit_quietly(logger)
@@ -93,6 +95,7 @@ def test_wandb_shows_each_picture_at_our_step(wandb_logger):
         assert shown == [(step, 1) for step in STEPS]
 
 
+@pytest.mark.slow
 def test_wandb_drops_nothing_for_its_own_step(wandb_logger):
     logger, read = wandb_logger
     fit_quietly(logger, LyapunovMonitor(every_n_train_steps=1, strict=True), log_every_n_steps=1)
@@ -103,6 +106,7 @@ def test_wandb_drops_nothing_for_its_own_step(wandb_logger):
     assert [row["trainer/global_step"] for row in rows if "lyapunov/max" in row] == list(range(6))
 
 
+@pytest.mark.slow
 def test_wandb_puts_the_prefix_before_numbers_and_pictures(wandb_logger):
     logger, read = wandb_logger
     logger._prefix = "mine"
@@ -130,6 +134,7 @@ def mlflow_pictures(logger):
     return sorted((tag.replace("~", "/"), int(step)) for tag, _, step, *_ in parts)
 
 
+@pytest.mark.slow
 def test_mlflow_puts_the_prefix_before_numbers_and_pictures(mlflow_logger):
     mlflow_logger._prefix = "mine"
     fit_quietly(mlflow_logger)
@@ -138,6 +143,7 @@ def test_mlflow_puts_the_prefix_before_numbers_and_pictures(mlflow_logger):
     assert {tag for tag, _ in mlflow_pictures(mlflow_logger)} == {f"mine-{tag}" for tag in PICTURES}
 
 
+@pytest.mark.slow
 def test_mlflow_keeps_every_number_at_our_step(mlflow_logger):
     monitor, _ = fit_quietly(mlflow_logger)
     kept = mlflow_logger.experiment.get_metric_history(mlflow_logger.run_id, "lyapunov/rnn/max")
@@ -145,11 +151,13 @@ def test_mlflow_keeps_every_number_at_our_step(mlflow_logger):
     np.testing.assert_allclose([metric.value for metric in kept], monitor.history["rnn"]["spectrum"][:, 0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_mlflow_shows_each_picture_at_our_step(mlflow_logger):
     fit_quietly(mlflow_logger)
     assert mlflow_pictures(mlflow_logger) == sorted((tag, step) for tag in PICTURES for step in STEPS)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:MLFlow only allows:RuntimeWarning")
 def test_mlflow_takes_a_layer_of_any_name(mlflow_logger):
     model = Regressor()
@@ -213,6 +221,7 @@ def test_nothing_is_said_of_pictures_that_nobody_wants():
 # Several, and the band
 
 
+@pytest.mark.slow
 def test_each_of_several_loggers_gets_all_that_it_can_take(tmp_path, wandb_logger, mlflow_logger):
     wandb_logger, read = wandb_logger
     loggers = [Unknown(), TensorBoardLogger(tmp_path), wandb_logger, CSVLogger(tmp_path, "csv"), mlflow_logger]
