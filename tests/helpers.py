@@ -1,4 +1,4 @@
-"""What the tests share: tensors, small models, data and trainers, and what is looked at in a run."""
+"""Shared by the tests: tensors, small models, data, trainers, and access to the results of a run."""
 
 from functools import cache
 from pathlib import Path
@@ -51,12 +51,22 @@ def assert_near(actual: Any, expected: Any, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
+def assert_equal(actual: Any, expected: Any) -> None:
+    """Assert that tensors, alone or in containers, are equal; NaN equals NaN."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def members(state: Any, indices: Any) -> Any:
-    """Return the state of some members of a batch, as the layer takes it; of one without its batch, by a number."""
+    """Return the state of some members of a batch, as the layer takes it. A single index removes the batch."""
     return tuple(part[:, indices] for part in state) if isinstance(state, tuple) else state[:, indices]
 
 
 # Spectra
+
+
+def precise(*arguments: Any, **options: Any) -> Tensor:
+    """Return spectra that are computed in float64."""
+    return lyapunov_spectrum(*arguments, dtype=torch.float64, **options)
 
 
 def map_spectrum(step: Any, state: Tensor, steps: int, **options: Any) -> Tensor:
@@ -76,13 +86,13 @@ def make_recorder(module: nn.Module, num_sequences: int = 16, max_steps: int = 1
 
 
 def growth_of(module: nn.Module, sequences: Sequences, num_exponents: int | None = None) -> list[Growth]:
-    """Return the growth in each cell of a layer along recorded sequences, from their first step, in float64."""
+    """Return the growth in each cell of a layer along recorded sequences, in float64 and without warm-up."""
     options = {"num_exponents": num_exponents, "warmup": 0, "qr_interval": "auto", "dtype": torch.float64}
     return [growth for _, growth in layer_growth(as_layer(module), sequences, **options)]
 
 
 def leading_exponents(module: nn.Module, sequences: int, *, steps: int, warmup: int, segments: int = 1) -> Tensor:
-    """Return two exponents of each segment of random sequences, ``(segments, sequences, 2)``, as a monitor would."""
+    """Return two exponents of each segment of random sequences, ``(segments, sequences, 2)``, in float32."""
     layer = as_layer(module)
     options = {"num_exponents": 2, "qr_interval": "auto", "dtype": torch.float32, "segments": segments}
     ((_, growth),) = layer_growth(layer, layer.read(torch.randn(steps, sequences, 2)), warmup=warmup, **options)
@@ -90,7 +100,7 @@ def leading_exponents(module: nn.Module, sequences: int, *, steps: int, warmup: 
 
 
 class FailingGrowth:
-    """Measures as the package does, and raises in those measurements whose number ``fails`` is true of."""
+    """Measures as the package does, but raises an error if ``fails`` is true of the number of the measurement."""
 
     def __init__(self, fails: Any = lambda number: True, error: type[BaseException] = torch.linalg.LinAlgError) -> None:
         self.fails, self.error, self.calls = fails, error, 0
@@ -174,7 +184,7 @@ Regressor = regressor(lightning.pytorch)
 
 
 class Still(Regressor):
-    """Trains without moving: its weights stay what the test has made them."""
+    """Trains without changing its weights."""
 
     def on_after_backward(self) -> None:
         self.zero_grad()
@@ -231,7 +241,7 @@ class Keyword(Regressor):
 
 
 class Halves(Regressor):
-    """Calls its layer on one half of the steps after the other, carrying the state on."""
+    """Calls its layer on the two halves of the steps in turn, and passes the state on."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         first, second = inputs.chunk(2, 1)
@@ -240,7 +250,7 @@ class Halves(Regressor):
 
 
 class Parts(Regressor):
-    """Calls its layer on one half of the batch after the other."""
+    """Calls its layer on the two halves of the batch in turn."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         return torch.cat([super(Parts, self).forward(part) for part in inputs.chunk(2)])
@@ -334,7 +344,7 @@ class CellModel(Regressor):
 
 
 def make_trainer(*callbacks: Any, pl: Any = lightning.pytorch, **options: Any) -> Any:
-    """Return a quiet trainer on the CPU, for two epochs if nothing else is said."""
+    """Return a quiet trainer on the CPU, by default for two epochs."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     cheap = {"accelerator": "cpu", "devices": 1, "enable_checkpointing": False, "max_epochs": 2}
     return pl.Trainer(callbacks=list(callbacks), **{**quiet, **cheap, **options})
@@ -355,7 +365,7 @@ class At(Callback):
 
 
 class SilentLogger(Logger):
-    """As small as a logger can be: it writes nothing, and has no ``experiment``."""
+    """A minimal logger. It writes nothing and has no ``experiment``."""
 
     name, version = "silent", 0
 
@@ -366,7 +376,7 @@ class SilentLogger(Logger):
         pass
 
 
-# The options of a schedule, and the steps that it measures: they count batches from 0, an epoch has four, a run three.
+# The options of a schedule, and the steps that are measured in three epochs of four batches, counted from 0.
 SCHEDULES = {
     "neither": ({}, [0, 3, 7, 11]),
     "every_epoch": ({"every_n_epochs": 1}, [0, 3, 7, 11]),
@@ -379,7 +389,7 @@ SCHEDULES = {
 }
 
 
-# What is looked at in a run
+# Results of a run
 
 _NUMBERS = (
     "max",
@@ -401,7 +411,7 @@ def keys_of(*cells: str) -> set[str]:
 
 
 def published(trainer: Any) -> dict[str, Tensor]:
-    """Return what callbacks find."""
+    """Return the metrics of the package that callbacks see."""
     return {key: value for key, value in trainer.callback_metrics.items() if key.startswith("lyapunov/")}
 
 
@@ -428,5 +438,5 @@ def messages(record: Any, text: str = "") -> list[str]:
 
 
 def ours(record: Any) -> list[str]:
-    """Return the recorded warnings of the package: they name the exponents, or an argument in backticks."""
+    """Return the recorded warnings of the package: those that name Lyapunov or hold a name in backticks."""
     return [message for message in messages(record) if "yapunov" in message or "`" in message]

@@ -1,4 +1,4 @@
-"""Training in several processes, and in one that sees what all of them see."""
+"""Training in several processes, and in one process for comparison."""
 
 import math
 import multiprocessing
@@ -32,7 +32,7 @@ in_processes = [
 
 @contextmanager
 def _in_time() -> Iterator[None]:
-    """Fail, and end the processes, where these wait for one another."""
+    """Fail, and kill the processes, if these wait for one another for ever."""
 
     def give_up(*_: Any) -> None:
         for process in multiprocessing.active_children():
@@ -48,7 +48,7 @@ def _in_time() -> Iterator[None]:
 
 
 class RankModel(Still):
-    """Trains without moving; each process does with its batch what ``change`` says for its rank."""
+    """Trains without changing its weights; ``change`` modifies the batch of each rank."""
 
     def __init__(self, change: Any = None, **options: Any) -> None:
         super().__init__(**{"cell": "GRU", **options})
@@ -62,24 +62,24 @@ class RankModel(Still):
 
 
 def shorter(values: Tensor, rank: int) -> Tensor:
-    """Leave all ranks but the first one sequence of seven steps."""
+    """Reduce the batch of all ranks but the first to one sequence of seven steps."""
     return values if rank == 0 else values[:1, :7]
 
 
 def spoilt(values: Tensor, rank: int) -> Tensor:
-    """Make NaN of what the second rank sees."""
+    """Replace the batch of the second rank by NaN."""
     return values * math.nan if rank == 1 else values
 
 
 class IdleMonitor(LyapunovMonitor):
-    """Is there and does nothing."""
+    """Measures nothing."""
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         pass
 
 
 class SaveResults(Callback):
-    """Write down what each process has published after each batch, and what it has seen."""
+    """Save what each process has published after each batch, its inputs and its weights."""
 
     def __init__(self, folder: Any) -> None:
         self.folder, self.values = folder, []
@@ -123,7 +123,7 @@ def fit_distributed(
     strategy: Any = ddp,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Train in several processes and return what each of them has written down."""
+    """Train in several processes and return what each of them has saved."""
     strategy = strategy(process_group_backend="gloo", timeout=timedelta(seconds=_SECONDS))
     monitor = LyapunovMonitor(every_n_train_steps=1, warmup=2, strict=True) if monitor is None else monitor
     options = {"data": series(2 * num_processes), "max_epochs": 1, **options}
@@ -143,7 +143,7 @@ def fit_alone(model: Any, batches: list[Tensor], **options: Any) -> list[dict[st
 
 
 def joint_batches(results: list[dict[str, Any]]) -> list[Tensor]:
-    """Return each batch of all of these processes as one."""
+    """Join the batches of several processes."""
     return [torch.cat(parts) for parts in zip(*(result["inputs"] for result in results), strict=True)]
 
 

@@ -1,7 +1,7 @@
-"""The textbook, slowly: the second opinion on everything that the package computes quickly.
+"""The reference implementation: slow, and independent of the package.
 
-Jacobians are those of torch's own forward, row by row with autograd; the frame is re-orthonormalised at every step, or,
-in arbitrary precision, never. Nothing of the package is used but the frame to start from.
+Jacobians are those of torch's own forward, by autograd. The frame is re-orthonormalised at every step, or, in arbitrary
+precision, only at the end. Nothing of the package is used except the initial frame.
 """
 
 from collections.abc import Callable
@@ -89,6 +89,16 @@ def growth_rates(matrices: Tensor, num_exponents: int | None = None) -> Tensor:
 def spectrum(matrices: Tensor, num_exponents: int | None = None, warmup: int = 0) -> Tensor:
     """Return the Lyapunov exponents of one sequence of Jacobians, largest first."""
     return growth_rates(matrices, num_exponents)[warmup:].mean(0).sort(descending=True).values
+
+
+def spectra(matrices: Tensor, **options) -> Tensor:
+    """Return the Lyapunov exponents of Jacobians ``(time, batch, state, state)``, for each member of the batch."""
+    return torch.stack([spectrum(one, **options) for one in matrices.unbind(1)])
+
+
+def mean_log_determinant(matrices: Tensor) -> Tensor:
+    """Return the sum of all exponents of Jacobians ``(time, batch, state, state)``."""
+    return matrices.slogdet().logabsdet.mean(0)
 
 
 def module_spectrum(module: nn.RNNBase, inputs: Tensor, state: Tensor | tuple[Tensor, Tensor], **options) -> Tensor:

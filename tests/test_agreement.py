@@ -1,4 +1,4 @@
-"""The defaults against float64 and a QR decomposition at every step, on the networks that people have."""
+"""The default options, compared with float64 and a QR decomposition at every step, on typical networks."""
 
 import subprocess
 import sys

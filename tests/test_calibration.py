@@ -1,4 +1,4 @@
-"""The standard error is true: in repeated measurements its 95 % interval holds the exponent of a long run."""
+"""Calibration of the standard error: how often its 95 % interval contains the exponent of a long run."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def driven(cell):
 
 
 def coverage(samples, truth):
-    """Return the share of the samples, ``(repeats, n, 2)``, whose 95 % interval holds the truth."""
+    """Return the share of the samples, ``(repeats, n, 2)``, whose 95 % interval contains the true exponent."""
     hits = 0
     for sample in samples:
         metrics = lyapunov_metrics(2)

@@ -1,4 +1,4 @@
-"""One test for each error that was found in other Lyapunov codes: with it, the number differs visibly.
+"""One test for each error that was found in other Lyapunov codes, which would change the numbers visibly.
 
 Where an error is a wrong formula, the test computes with it too, to show that it would be noticed.
 """

@@ -1,4 +1,4 @@
-"""What the README and the examples say is true, because it is run."""
+"""The README and the examples: their code runs, and their names, keys and links exist."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""Bad input gets an error that names the argument, what came, and what to write instead."""
+"""Errors of the plain functions: they name the argument, what came, and what to write instead."""
 
 import re
 
@@ -24,7 +24,7 @@ def refused(error, *parts):
     return pytest.raises(error, match=".*".join(map(re.escape, parts)))
 
 
-# What is measured
+# The dynamics
 
 
 @functions
@@ -74,7 +74,7 @@ def test_jacobians_of_two_directions():
         jacobians(nn.GRU(3, 4, bidirectional=True), INPUTS)
 
 
-# What drives it
+# The inputs
 
 
 @functions
@@ -144,7 +144,7 @@ def test_jacobians_of_no_step(dynamics):
         jacobians(dynamics, torch.zeros(0, 2, 3), torch.zeros(2, 4) if dynamics is same else None)
 
 
-# Where it starts
+# The state
 
 
 @functions
@@ -214,7 +214,7 @@ def test_state_of_nothing():
         lyapunov_spectrum(same, INPUTS, torch.zeros(2, 0))
 
 
-# How it is measured
+# The options
 
 
 @pytest.mark.parametrize("num_exponents", [0, -1, 17, 2.0, True, "all"])

@@ -1,4 +1,4 @@
-"""Anything goes in. What comes out is the spectrum of the textbook, or an error that names the argument."""
+"""Random input gives the spectrum of the reference implementation, or an error that names the argument."""
 
 import math
 import re
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 KINDS = {"rnn-tanh": nn.RNNCell, "gru": nn.GRUCell, "lstm": nn.LSTMCell}
 
 
-# The second opinion, a cell at a time
+# The reference, for each cell of a stack
 
 
 def one_cell(module, suffix):
@@ -63,7 +63,7 @@ def assert_spectrum(actual, expected, dtype):
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-# Good input in all its layouts
+# Good input
 
 dtypes = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
 seeds = st.integers(0, 2**31)
@@ -376,7 +376,7 @@ def test_a_fit_with_bad_names_is_refused_by_them(modules):
         assert list(monitor.history) == ["rnn"]
 
 
-# A whole training
+# A fit
 
 
 @st.composite

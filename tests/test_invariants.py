@@ -1,4 +1,4 @@
-"""The numbers read off a spectrum, edge cases included."""
+"""Dimension, entropy and the number of positive exponents of a spectrum."""
 
 import math
 

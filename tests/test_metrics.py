@@ -1,4 +1,4 @@
-"""The metrics against plain numpy, and the laws of torchmetrics."""
+"""The metrics, compared with plain NumPy, and the rules of torchmetrics."""
 
 import math
 import pickle
@@ -216,7 +216,7 @@ def test_the_summary_is_gathered_once():
     assert len(gathered) == 1
 
 
-# Memory, and directions that last
+# Memory, and exponents near zero
 
 
 def value_of(metric_class, spectrum, steps=80, **options):

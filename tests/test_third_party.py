@@ -1,4 +1,4 @@
-"""Trainers and models that are not ours."""
+"""``pytorch_lightning``, and the models of pytorch-forecasting."""
 
 import copy
 import csv

@@ -52,7 +52,7 @@ def floor(units: int, rows: int, batch: int, steps: int, num_exponents: int, opt
 
 
 def textbook_step(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the step of a layer on one flat state, as anybody would write it with torch's own cell."""
+    """Return the step of a layer on one flat state, written with torch's own cell."""
     cell = {nn.RNN: nn.RNNCell, nn.GRU: nn.GRUCell, nn.LSTM: nn.LSTMCell}[type(module)](INPUTS, module.hidden_size)
     cell.load_state_dict({name.removesuffix("_l0"): value for name, value in module.state_dict().items()})
     cell.to(next(module.parameters()).device)
@@ -115,7 +115,7 @@ def jax_gru(module: nn.GRU, inputs: Tensor) -> Callable[[], object] | None:
 
 
 def gated_step(module: nn.GRU) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a cell of one's own, without a closed form: the equations of the GRU, with one bias."""
+    """Return a custom cell, without a closed form: the equations of the GRU, with one bias."""
     weight_x, weight_h = module.weight_ih_l0.detach().T, module.weight_hh_l0.detach().T
 
     def step(state: Tensor, inputs: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is logged of networks that are not finite, dead, saturated or tiny: a known value, and the run goes on."""
+"""Networks that are not finite, dead, saturated or tiny: what is logged, and whether the run goes on."""
 
 import math
 
@@ -15,7 +15,7 @@ not_finite = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 
 
 def watch(model, *callbacks, data=None, num_exponents=None, **options):
-    """Train a model under a monitor that forgives nothing; return it and what was published."""
+    """Train a model with a strict monitor; return the monitor and what was published."""
     monitor = LyapunovMonitor(strict=True, num_exponents=num_exponents, every_n_train_steps=1)
     trainer = fit(model, monitor, *callbacks, data=series(2) if data is None else data, **{"max_epochs": 1, **options})
     cells = list(monitor.history)
@@ -25,7 +25,7 @@ def watch(model, *callbacks, data=None, num_exponents=None, **options):
 
 
 def filled(model, value, name=""):
-    """Fill the parameters of the layer whose names start so."""
+    """Fill the parameters of the layer whose names start with ``name``."""
     with torch.no_grad():
         for parameter_name, parameter in model.rnn.named_parameters():
             if parameter_name.startswith(name):
@@ -42,13 +42,13 @@ def spoilt(value, members=slice(None), steps=slice(None), num_batches=2):
 
 
 def assert_sum(spectrum, model, inputs, warmup):
-    """The sum is that of the function: here spectra are sorted before they are averaged over the sequences."""
+    """Compare the sums: the function sorts the spectra before they are averaged over the sequences."""
     expected = lyapunov_spectrum(model.rnn, inputs, warmup=warmup).sum(1).mean()
     assert_close(spectrum.sum(), expected, rtol=1e-4, atol=1e-5)
 
 
 def all_nan(values):
-    """All but the place of the layer that is to blame."""
+    """Return whether all values are NaN, except the place of the worst layer."""
     return all(value.isnan() != (key == "lyapunov/worst_layer") for key, value in values.items())
 
 
@@ -174,7 +174,7 @@ def test_a_saturated_tanh_is_dead(sign):
 
 
 def latched(cell):
-    """Gates that are wide open: the state, or the cell of an LSTM, is kept as it is."""
+    """Open the gates so that the state, or the cell of an LSTM, is kept."""
     model = filled(filled(Still(cell), 0.0, "weight_hh"), 1e4, "bias_ih")
     if cell == "LSTM":
         model.rnn.bias_ih_l0.data[:5] = -1e4  # the input gate is shut
@@ -243,7 +243,7 @@ def test_one_sequence_of_two_steps_that_count_has_an_error_too(cell):
 
 
 class Short(Still, Packed):
-    """Sequences of which some are over before the warm-up is."""
+    """Some sequences end before the warm-up does."""
 
     def training_step(self, batch, batch_idx):
         return self(batch[0]).square().mean()
@@ -271,11 +271,11 @@ def test_sequences_of_one_step_each_all_count(cell):
     assert all_finite(values)
 
 
-# What stops on it
+# Early stopping
 
 
 class BreaksDown(Still):
-    """Its layer is filled with a value from an epoch on."""
+    """Fills its layer with a value from an epoch on."""
 
     def __init__(self, value, epoch=2, name="weight_hh_l0", **options):
         super().__init__("RNN", **options)
@@ -287,7 +287,7 @@ class BreaksDown(Still):
 
 
 def stopped_after(model, *monitors, monitor="lyapunov/max", **options):
-    """Return how many of six epochs early stopping lets pass."""
+    """Return after how many of six epochs early stopping ends the run."""
     stop = EarlyStopping(monitor, patience=10**6, **options)
     trainer = fit(model, *(monitors or [LyapunovMonitor(strict=True)]), stop, data=series(2), max_epochs=6)
     assert trainer.current_epoch == 6 or "finite" in stop.stopping_reason_message

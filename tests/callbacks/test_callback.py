@@ -1,4 +1,4 @@
-"""``LyapunovMonitor`` in a fit: what it publishes, what it measures, and what it leaves alone."""
+"""``LyapunovMonitor`` in a fit: what it publishes, what it measures, and what it does not change."""
 
 import math
 import pickle
@@ -32,7 +32,7 @@ from torch.testing import assert_close
 
 from lightning_lyapunov import LyapunovMonitor, lyapunov_spectrum
 
-# Where the numbers go
+# Published values
 
 
 class FirstSeen(Callback):
@@ -117,7 +117,7 @@ def test_stops_in_the_epoch_that_becomes_unstable_and_keeps_the_most_stable(opti
     assert torch.load(keep.best_model_path, weights_only=True)["epoch"] == 1
 
 
-# What it measures
+# Measured values
 
 
 class ByHand(Callback):
@@ -235,11 +235,11 @@ def test_memory_is_resolved_up_to_the_window(rate, memory, share, batch_size):
     assert values["lyapunov/rnn/share_near_zero"] == share
 
 
-# What it leaves alone
+# Side effects
 
 
 def trace(cell, dropout, shuffle, *callbacks):
-    """Everything that a training leaves: weights, and the state of the random numbers."""
+    """Return the weights and the state of the random numbers after a training."""
     seed_everything(0, verbose=False)
     model = Regressor(cell, num_layers=2, dropout=dropout)
     seed_everything(1, verbose=False)
@@ -313,7 +313,7 @@ def test_a_layer_can_be_pickled_in_a_batch_that_is_recorded():
     assert len(layers) == 6
 
 
-# What it cannot measure
+# Failures
 
 
 def test_a_failure_of_the_monitor_is_said_once_and_training_goes_on(recwarn):

@@ -1,4 +1,4 @@
-"""Bad arguments get an error that names the argument, says what came, and what to write."""
+"""Errors for bad arguments: they name the argument, what came, and what to write."""
 
 import re
 

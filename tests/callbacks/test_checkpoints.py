@@ -1,9 +1,8 @@
-"""A history in checkpoints: of any layout, for any options, on any device, without the monitor, and never large."""
+"""The history in checkpoints: layouts, other options, other devices, and runs without the monitor."""
 
 import pytest
 import torch
-from helpers import SCHEDULES, Regressor, fit, make_trainer, ours, series, steps_of
-from torch.testing import assert_close
+from helpers import SCHEDULES, Regressor, assert_equal, fit, make_trainer, ours, series, steps_of
 
 from lightning_lyapunov import LyapunovMonitor
 
@@ -27,7 +26,7 @@ def resumed(path, *monitors):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A run that was saved: the monitor, the path of the checkpoint, and the weights after a resume without monitor."""
+    """Train and save; return the monitor, the checkpoint, and the weights after a resume without monitor."""
     folder, monitor = tmp_path_factory.mktemp("saved"), LyapunovMonitor()
     path = saved(folder, monitor)
     return monitor, path, resumed(path)
@@ -42,12 +41,8 @@ def rewritten(path, folder, change):
 
 
 def said(record):
-    """Return what was said of the history."""
+    """Return the warnings about the history."""
     return [message for message in ours(record) if "history" in message or "Lyapunov spectrum" in message]
-
-
-def assert_equal(one, other):
-    assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 # Layouts. The first had no version: it was the history and nothing else.
@@ -170,7 +165,7 @@ BEFORE = ["neither", "every_3_steps", "modules"]
 
 @pytest.fixture(scope="module")
 def done_with(tmp_path_factory):
-    """Runs that were saved, by the options of their monitors: the monitor and the path of the checkpoint."""
+    """Return, for some options, the monitor and the checkpoint of a run."""
     monitors = {name: LyapunovMonitor(**OPTIONS[name]) for name in BEFORE}
     return {name: (monitor, saved(tmp_path_factory.mktemp(name), monitor)) for name, monitor in monitors.items()}
 
@@ -211,7 +206,7 @@ SEVERAL = {
     "of two layers, one is gone": ([("rnn", 1), ("head_rnn", 2)], [("head_rnn", 3)], [1]),
     "of two layers, the order is another": ([("rnn", 1), ("head_rnn", 2)], [("head_rnn", 3), ("rnn", 4)], [1, 0]),
     "two where one was": ([(None, 2)], [("rnn", 3), ("head_rnn", 1)], [0, None]),
-    "one where nobody can tell which": ([("rnn", 1), ("head_rnn", 2)], [(None, 3)], [None]),
+    "one that could be either": ([("rnn", 1), ("head_rnn", 2)], [(None, 3)], [None]),
 }
 
 
@@ -270,7 +265,7 @@ def test_a_run_with_the_monitor_loads_a_file_without_it(done, tmp_path, recwarn)
 
 
 class Elsewhere(torch.Tensor):
-    """A tensor that is on no CPU before it is brought there."""
+    """A tensor on another device, until it is moved to the CPU."""
 
     def cpu(self):
         return self.as_subclass(torch.Tensor)

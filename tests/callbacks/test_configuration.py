@@ -1,4 +1,4 @@
-"""LightningCLI, YAML and lists that are no lists."""
+"""LightningCLI, YAML files, and module names in other sequences than lists."""
 
 import lightning.pytorch as pl
 import pytest

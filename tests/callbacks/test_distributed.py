@@ -1,4 +1,4 @@
-"""Two and four processes: all know the value over all of their sequences, and none waits for another for ever."""
+"""Two and four processes: all publish the same values, and none waits for another for ever."""
 
 import random
 from functools import partial
@@ -60,7 +60,7 @@ def test_a_smaller_batch_of_shorter_sequences_counts_as_much_as_it_holds(num_pro
 
 
 class Sometimes(RankModel):
-    """A second layer that not every process calls."""
+    """Has a second layer that not every process calls."""
 
     def __init__(self, callers):
         super().__init__()
@@ -105,7 +105,7 @@ def test_one_process_that_is_not_finite_makes_nan_of_all_and_all_stop(num_proces
     assert [result["epochs"] for result in results] == [1] * num_processes
 
 
-# The rule that stops a run
+# InstabilityStopping
 
 
 class SaveCheckpoint(Callback):
@@ -160,7 +160,7 @@ def test_processes_that_are_all_stable_go_on_to_the_end(tmp_path):
 
 
 def test_what_one_process_would_stop_for_is_judged_over_all_of_them(tmp_path):
-    """The exponents of one are above the threshold beyond doubt, those of both are not."""
+    """The exponents of one process are clearly above the threshold, those of both are not."""
     decision = decided(saturating(one_unstable), InstabilityStopping(0.3), tmp_path)
     assert (decision["step"], decision["reason"]) == (6, "NOT_STOPPED")
 
@@ -214,7 +214,7 @@ def test_the_weights_of_several_processes_are_bitwise_those_without_the_monitor(
 
 
 def test_data_that_one_process_has_less_of_does_not_let_the_others_wait(tmp_path):
-    """An epoch that ends on a shorter batch for everybody, and a measurement at its end."""
+    """Every process ends its epoch with a shorter batch and measures there."""
     inputs = torch.rand(10, 12, FEATURES)
     data = DataLoader(TensorDataset(inputs, inputs[..., :1]), 4)
     results = fit_distributed(RankModel(), 2, tmp_path, monitor=LyapunovMonitor(), data=data, max_epochs=2)
@@ -252,7 +252,7 @@ def test_no_process_adds_up_what_another_does_not_beside_loggers(tmp_path, monke
 
 
 class UnlikeClock:
-    """A clock that goes on by chance, and by another chance on each rank."""
+    """A clock with random steps, which differ between ranks."""
 
     def __init__(self, rank=None):
         self.rank, self.now, self.draw = rank, 0.0, None

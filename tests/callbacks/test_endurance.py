@@ -1,4 +1,4 @@
-"""Long runs, runs that break off anywhere, and monitors that are used again: nothing piles up and nothing is left."""
+"""Long runs, interrupted runs, and monitors that are used again: nothing accumulates and no hook is left."""
 
 import gc
 import os
@@ -67,7 +67,7 @@ def test_a_recorder_that_starts_and_stops_thousands_of_times_keeps_nothing():
 
 
 class Tiny(Regressor):
-    """One unit, so that a measurement costs next to nothing."""
+    """A layer of one unit, which is quick to measure."""
 
     def __init__(self):
         super().__init__("RNN", 1, lr=0.0)
@@ -90,7 +90,7 @@ def test_hundreds_of_measurements_keep_their_history_and_nothing_else():
 
 
 class Dropping(SilentLogger):
-    """A logger that counts what it is told and keeps nothing of it."""
+    """A logger that counts its calls and keeps nothing."""
 
     calls = 0
 
@@ -99,13 +99,13 @@ class Dropping(SilentLogger):
 
 
 def holdings(model):
-    """What could pile up: blocks of memory, tensors, open files, hooks."""
+    """Return what could accumulate: numbers of memory blocks, tensors, open files and hooks."""
     tensors = live_tensors()
     return sys.getallocatedblocks(), tensors, len(os.listdir("/dev/fd")), len(hooks_of(model))
 
 
 def test_a_hundred_thousand_measurements_are_kept_and_logged_without_anything_piling_up():
-    """The bookkeeping alone, of made-up spectra: of all but the time that the recurrent layer needs."""
+    """Publishes made-up spectra, because measuring so many would take hours."""
     model, monitor, logger, seen = Tiny(), LyapunovMonitor(log_spectrum=False), Dropping(), []
     total = 100_000
 
@@ -157,7 +157,7 @@ def test_a_monitor_that_has_ended_holds_no_model_and_no_data():
     assert layer() is None
 
 
-# Breaking off
+# Interrupted runs
 
 EVENTS = [
     "setup",
@@ -180,7 +180,7 @@ EVENTS = [
 
 
 class StopError(BaseException):
-    """What is no ``Exception``."""
+    """Is not an ``Exception``."""
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["monitor first", "monitor last"])
@@ -233,7 +233,7 @@ def test_an_interrupt_in_a_measurement_leaves_no_hook_and_no_half_of_a_row():
 
 
 class InterruptAt:
-    """Ctrl-C before the ``number``-th line of those that put hooks on and take them off, torch's own among them."""
+    """Raise KeyboardInterrupt before the ``number``-th line of the functions that add or remove hooks."""
 
     CODE = (
         Recorder.start,
@@ -286,7 +286,7 @@ def test_ctrl_c_at_any_line_that_handles_hooks_leaves_none_behind():
         assert not any(vars(module)["_forward_hooks_with_kwargs"] for module in model.modules()), number
 
 
-# Several monitors, and one used again
+# Several monitors, and several fits
 
 
 def test_a_trainer_has_as_many_monitors_as_there_are_schedules():

@@ -1,4 +1,4 @@
-"""What a monitor keeps: its history, in checkpoints, copies, tables and figures."""
+"""The history of a monitor: in checkpoints, copies, tables and figures."""
 
 import copy
 import csv

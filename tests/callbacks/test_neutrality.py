@@ -1,7 +1,7 @@
-"""A run with the monitor is, bit for bit, the run without it: whatever is trained, and however.
+"""A run with the monitor is bitwise equal to the run without it, in many settings.
 
-Each setting is trained twice. A witness writes down all that a run can see, at every hook where something could have
-changed; the two accounts must be equal.
+Each setting is trained twice. A callback records the whole state of the run at every hook; the two records must be
+equal.
 """
 
 import itertools
@@ -24,7 +24,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def bits(value):
-    """Return what is equal for two values only if they are the same to the last bit, NaN included."""
+    """Return an object that is equal for two values only if they are bitwise equal, NaN included."""
     if isinstance(value, torch.Tensor):
         content = value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes()
         return str(value.dtype), str(value.device), tuple(value.shape), value.requires_grad, content
@@ -48,12 +48,12 @@ def seed():
 
 
 def users(metrics):
-    """Return the metrics of the user's own."""
+    """Return the metrics that are not the package's."""
     return {key: value for key, value in metrics.items() if not key.startswith("lyapunov/")}
 
 
 class Notebook(SilentLogger):
-    """A logger that keeps what it is told."""
+    """A logger that keeps what it receives."""
 
     def __init__(self):
         super().__init__()
@@ -68,7 +68,7 @@ class Notebook(SilentLogger):
 
 
 class Witness(Callback):
-    """Write down, by the place where it was seen, all that a callback could have changed."""
+    """Record, at every hook, everything that a callback could have changed."""
 
     def __init__(self):
         self.account = {}
@@ -130,7 +130,7 @@ class Witness(Callback):
 
 
 class Guarded(Regressor):
-    """Draws from every stream of random numbers, keeps running statistics, logs in every way and has own hooks."""
+    """Uses all random number generators, running statistics, all ways of logging, and own hooks."""
 
     def __init__(self, cell="GRU", manual=False, **options):
         super().__init__("GRU")

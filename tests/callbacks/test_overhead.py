@@ -1,4 +1,4 @@
-"""The share of a run's time that measuring takes: said once where it matters, and kept where that is asked for."""
+"""The share of a run's time that measuring takes: the limit ``max_overhead``, and the warning without it."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ from lightning_lyapunov.functional import layer_growth
 
 
 class Clock:
-    """Time that passes when it is told to."""
+    """A clock that is set by hand."""
 
     now = 0.0
 
@@ -74,7 +74,7 @@ def run(clock, monitor, *, batches, epochs=1, seconds=1.0, model=None, callbacks
 
 
 def in_plain_words(share, cost, *, batches, epochs, every_n_train_steps=None, every_n_epochs=None):
-    """The batches to measure, decided at each of them, with what a batch and a measurement cost known."""
+    """Return the batches to measure, decided at each batch with known costs: the definition, written out."""
     time = spent = 0.0
     measured, owed = [], False
     for batch in range(batches * epochs):
@@ -168,7 +168,7 @@ def test_nothing_is_recorded_and_every_value_stays_on_a_batch_that_is_skipped(cl
 
 def test_an_epoch_that_is_cut_short_and_does_not_fit_is_measured_in_a_later_one(clock, cost):
     class Cut(Regressor):
-        """Ends its first epoch at its third batch, which nobody can foresee."""
+        """Ends its first epoch at its third batch, which cannot be foreseen."""
 
         def on_train_batch_start(self, batch, batch_idx):
             return -1 if self.current_epoch == 0 and batch_idx == 3 else None

@@ -1,4 +1,4 @@
-"""Which batches are measured: by the schedule alone, and in a fit."""
+"""Which batches are measured: ``Schedule`` without a fit, and schedules in a fit."""
 
 import itertools
 
@@ -9,11 +9,11 @@ from helpers import SCHEDULES, At, Regressor, Stream, TwoOptimizers, fit, series
 from lightning_lyapunov import LyapunovMonitor
 from lightning_lyapunov.callbacks.schedule import Progress, Schedule
 
-# By itself
+# Without a fit
 
 
 class FakeOverhead:
-    """Counts batches and says what it is told, and how often it was asked."""
+    """Counts batches, and returns given waits."""
 
     def __init__(self, waits=()):
         self.num_batches, self.waits, self.asked = 0, iter(waits), []
@@ -27,9 +27,9 @@ class FakeOverhead:
 
 
 def follow(schedule, *, epochs=3, batches=4, steps_per_batch=1, cut_at=None):
-    """Go through the batches of epochs as a fit does; return those that are recorded, and those that are measured.
+    """Call the schedule as a fit does; return the numbers of the recorded batches, and of the measured ones.
 
-    An epoch is measured with its last batch, or, where it was cut short, after it: as ``"end of 1"``.
+    A measurement after an epoch is listed as ``"end of 1"``.
     """
     recorded, measured, step, batch = [], [], 0, 0
     for epoch in range(epochs):
@@ -99,7 +99,7 @@ def test_a_batch_of_several_optimizer_steps_is_measured_if_it_passes_a_due_one(e
 
 
 def test_a_batch_that_was_recorded_in_vain_is_not_measured():
-    """With accumulated gradients most batches take no step, which is not foreseen."""
+    """With accumulated gradients a batch may take no optimizer step."""
     schedule = Schedule(None, 1, None, FakeOverhead())
     schedule.measured(0)
     assert schedule.record_batch(Progress(0, 0, False))

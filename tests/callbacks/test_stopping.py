@@ -1,4 +1,4 @@
-"""InstabilityStopping: it ends runs that are unstable beyond doubt, and no others."""
+"""``InstabilityStopping``: which runs it stops, and what it says."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""Other ways to train: other trainers, stages and packages, compiled layers, several monitors and processes."""
+"""Options of the trainer, other stages and packages, compiled layers, several monitors and processes."""
 
 import copy
 
@@ -111,7 +111,7 @@ def test_a_compiled_layer_keeps_its_name():
 
 
 class SaveInputs(Callback):
-    """Write down what each process has published, and what its layer was called with."""
+    """Save what each process has published, and its inputs."""
 
     def __init__(self, folder):
         self.folder, self.inputs = folder, []

@@ -1,4 +1,4 @@
-"""Dead directions, networks that are not finite, and growth that no number holds."""
+"""Dead directions, networks that are not finite, and growth beyond the range of a float."""
 
 import math
 

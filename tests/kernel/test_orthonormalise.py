@@ -1,4 +1,4 @@
-"""The next frame and the growth rates that elimination, Cholesky's and Householder's methods make of vectors."""
+"""Elimination, Cholesky's and Householder's method: the next frame and the growth rates."""
 
 import math
 

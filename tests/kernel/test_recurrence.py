@@ -1,4 +1,4 @@
-"""Each cell is torch's cell, and its tangent map is that cell's derivative."""
+"""Steps and tangent maps of all recurrences, compared with torch's forward and its derivative."""
 
 import pytest
 import reference
@@ -105,7 +105,7 @@ class CubeOnce(Cube):
 
 
 class DetachingCube(Cube):
-    """A function that detaches what it gets: a second derivative would be wrong, and nobody would say so."""
+    """A function that detaches what it gets: a second derivative would be wrong without an error."""
 
     @staticmethod
     def backward(ctx, gradient):
@@ -365,7 +365,7 @@ def test_cells_have_the_names_of_torchs_parameters(bidirectional, names):
     assert [driven.name for driven in driven_cells(module, torch.randn(2, 1, 3))] == names
 
 
-# However the inputs are laid out
+# Layouts of the inputs
 
 
 @cells

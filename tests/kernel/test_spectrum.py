@@ -1,4 +1,4 @@
-"""Spectra that are known: from the reference implementation, from a law, from the literature."""
+"""Known spectra: from the reference implementation, from exact laws, and from the literature."""
 
 import math
 

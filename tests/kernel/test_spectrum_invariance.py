@@ -1,4 +1,4 @@
-"""What must not change a spectrum: intervals, precisions, layouts, and whatever else is done at the same time."""
+"""Options and layouts that must not change a spectrum."""
 
 import math
 from unittest import mock

@@ -1,4 +1,4 @@
-"""What the tests of the layers start from."""
+"""Fixtures for the tests of the layers."""
 
 import pytest
 
@@ -7,5 +7,5 @@ from lightning_lyapunov.layers import registry
 
 @pytest.fixture(autouse=True)
 def _same_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget after a test what it has registered."""
+    """Undo the registrations of a test."""
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))

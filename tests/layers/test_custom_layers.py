@@ -1,4 +1,4 @@
-"""Custom cells: what is called as (input, state) is measured as it is."""
+"""Custom cells that are called as (input, state)."""
 
 import importlib.util
 
@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from helpers import FEATURES, ROOT, CellModel, TanhCell, fit, make_recorder, randn, series
+from helpers import FEATURES, ROOT, CellModel, TanhCell, fit, make_recorder, precise, randn, series
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
@@ -21,19 +21,6 @@ TIME, BATCH, INPUTS, UNITS = 12, 3, example.INPUTS, example.UNITS
 HIDDEN = 5
 
 
-def precise(module, *arguments, **options):
-    return lyapunov_spectrum(module, *arguments, dtype=torch.float64, **options)
-
-
-def by_qr(matrices):
-    """Return the spectra of Jacobians ``(time, batch, state, state)``, with a QR decomposition at every step."""
-    return torch.stack([reference.spectrum(matrices[:, i]) for i in range(matrices.shape[1])])
-
-
-def mean_log_determinant(matrices):
-    return matrices.slogdet().logabsdet.mean(0)
-
-
 # The cells of the example
 
 REAL_CELLS = [example.LeakyTanhCell, example.MinimalGatedCell, example.ClosedFormContinuousTimeCell]
@@ -43,7 +30,7 @@ real_cells = pytest.mark.parametrize("cell_class", REAL_CELLS)
 @real_cells
 def test_spectrum_is_that_of_the_jacobians_of_the_cell(cell_class):
     cell, inputs, state = cell_class(), randn(TIME, BATCH, INPUTS), 0.3 * randn(BATCH, UNITS)
-    assert_close(precise(cell, inputs, state), by_qr(jacobians(cell, inputs, state)), rtol=0, atol=1e-8)
+    assert_close(precise(cell, inputs, state), reference.spectra(jacobians(cell, inputs, state)), rtol=0, atol=1e-8)
 
 
 @real_cells
@@ -64,7 +51,7 @@ def test_jacobians_are_those_of_autograd(cell_class):
 @pytest.mark.parametrize("qr_interval", [1, 4, "auto"])
 def test_sum_is_the_mean_log_determinant(cell_class, steps, qr_interval):
     cell, inputs, state = cell_class(), randn(steps, BATCH, INPUTS), 0.3 * randn(BATCH, UNITS)
-    expected = mean_log_determinant(jacobians(cell, inputs, state))
+    expected = reference.mean_log_determinant(jacobians(cell, inputs, state))
     assert_close(precise(cell, inputs, state, qr_interval=qr_interval).sum(-1), expected, rtol=0, atol=1e-7)
 
 
@@ -81,7 +68,7 @@ def test_unitary_cell_has_every_exponent_at_zero(steps):
 
 
 def state_space():
-    """Return a layer whose rates lie so far apart that a frame finds each unit's direction soon."""
+    """Return a layer whose rates differ so much that the frame aligns within few steps."""
     layer = example.SelectiveStateSpace()
     nn.init.uniform_(layer.step_size.weight, -1, 1)
     with torch.no_grad():
@@ -149,11 +136,11 @@ def test_a_run_with_the_monitor_is_bitwise_that_without(cell_class):
     assert all(torch.equal(value, with_monitor[name]) for name, value in without.items())
 
 
-# How a cell is called, and what it is called with
+# Arguments and precision
 
 
 class AdvancedCell(nn.Module):
-    """Called with keywords, in an order of the caller's."""
+    """Called with keywords, in any order."""
 
     def __init__(self):
         super().__init__()
@@ -205,7 +192,7 @@ def test_custom_cells_are_measured_in_any_precision(precision):
     assert_close(monitor.history["rnn"]["spectrum"][0], expected.mean(0).float(), rtol=0, atol=tolerance)
 
 
-# What a measurement leaves alone
+# Side effects
 
 
 class Busy(TanhCell):
@@ -259,7 +246,7 @@ def test_a_closed_loop_has_the_exponents_of_the_composed_map():
 
     state, empty = randn(BATCH, HIDDEN), torch.zeros(60, BATCH, 0).double()
     spectrum = lyapunov_spectrum(closed, empty, state)
-    assert_close(spectrum, by_qr(jacobians(closed, empty, state)), rtol=0, atol=1e-8)
+    assert_close(spectrum, reference.spectra(jacobians(closed, empty, state)), rtol=0, atol=1e-8)
     # By the chain rule, from the open loop: d h'/dh + (d h'/dx) (d x/dh).
     matrices = []
     with torch.no_grad():
@@ -269,7 +256,7 @@ def test_a_closed_loop_has_the_exponents_of_the_composed_map():
             through_input = torch.func.vmap(torch.func.jacrev(cell, argnums=0))(fed, state)
             matrices.append(through_state + through_input @ head.weight)
             state = cell(fed, state)
-    assert_close(spectrum, by_qr(torch.stack(matrices)), rtol=0, atol=1e-8)
+    assert_close(spectrum, reference.spectra(torch.stack(matrices)), rtol=0, atol=1e-8)
 
 
 def test_a_closed_loop_is_not_the_open_one():

@@ -1,9 +1,9 @@
-"""Custom cells that some ways of differentiation do not know: each has the spectrum of a plain cell of its weights."""
+"""Custom cells that not every method of differentiation supports, compared with a plain cell of the same weights."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import FEATURES, CellModel, TanhCell, fit, series
+from helpers import FEATURES, CellModel, TanhCell, fit, precise, series
 from torch import nn
 from torch.nn.utils import prune
 from torch.testing import assert_close
@@ -13,12 +13,8 @@ from lightning_lyapunov import LyapunovMonitor, jacobians, lyapunov_spectrum
 TIME, BATCH, HIDDEN = 12, 3, 5
 
 
-def precise(module, *arguments, **options):
-    return lyapunov_spectrum(module, *arguments, dtype=torch.float64, **options)
-
-
 class Tanh(torch.autograd.Function):
-    """Written the old way: nothing but a backward."""
+    """Has a backward only, and no forward derivative."""
 
     @staticmethod
     def forward(ctx, x):
@@ -51,14 +47,14 @@ class Branches(TanhCell):
 
 
 class ThroughNumpy(TanhCell):
-    """The input passes by NumPy, on its way into a cell that has a backward only."""
+    """Converts its input to NumPy and back, and has a backward only."""
 
     def forward(self, inputs, state):
         return Tanh.apply(self.drive(torch.from_numpy(inputs.detach().cpu().numpy().copy()), state))
 
 
 class EvaluatedBatchNorm(TanhCell):
-    """Its statistics are those of a standardised input: in evaluation mode it does nothing."""
+    """Batch norm with mean 0 and variance 1: it does nothing in evaluation mode."""
 
     def __init__(self):
         super().__init__()
@@ -83,7 +79,7 @@ class DropoutModule(TanhCell):
 
 
 class TensorAttribute(TanhCell):
-    """A matrix that is neither parameter nor buffer stays in float32, whatever the module is cast to."""
+    """Has a matrix that is neither parameter nor buffer, and so stays in float32."""
 
     def __init__(self):
         super().__init__()
@@ -94,7 +90,7 @@ class TensorAttribute(TanhCell):
 
 
 class InPlace(TanhCell):
-    """Writes the next state over the one before."""
+    """Writes the next state over the current one."""
 
     def forward(self, inputs, state):
         return state.copy_(self.drive(inputs, state).tanh())
@@ -108,7 +104,7 @@ class InPlaceOldFunction(TanhCell):
 
 
 class Remembers(TanhCell):
-    """Keeps what it made, with the graph that hangs on it."""
+    """Keeps its states, with their graphs."""
 
     def __init__(self):
         super().__init__()
@@ -136,7 +132,7 @@ ODD = [
 
 
 def with_tanh_cell(cell_class):
-    """Return a cell, in training, and the plain one with its weights."""
+    """Return a cell in training mode, and the plain cell with its weights."""
     cell, other = cell_class(), TanhCell()
     other.linear.load_state_dict(cell.linear.state_dict())
     return cell.train(), other
@@ -209,7 +205,7 @@ def test_the_way_to_differentiate_is_chosen_once(cell_class, monkeypatch):
 
 
 class AroundTorchs(nn.Module):
-    """A custom cell that contains one of torch's, and what it remembers in its own state."""
+    """A custom cell around one of torch's cells or layers."""
 
     def __init__(self, kind):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What cannot be measured is refused by its name, with what to write instead."""
+"""Errors for layers that cannot be measured: they name the layer and say what to write."""
 
 import pytest
 import torch

@@ -1,10 +1,10 @@
-"""Layers that are registered: found without being named, and measured by the step that was given."""
+"""Layers that are registered with ``register_layer``."""
 
 import math
 
 import pytest
 import torch
-from helpers import FEATURES, Regressor, TanhCell, fit, run_cell, series
+from helpers import FEATURES, Regressor, TanhCell, fit, precise, run_cell, series
 from torch import nn
 from torch.testing import assert_close
 
@@ -13,12 +13,8 @@ from lightning_lyapunov import LyapunovMonitor, lyapunov_spectrum, register_laye
 TIME, BATCH, HIDDEN = 12, 3, 5
 
 
-def precise(module, *arguments, **options):
-    return lyapunov_spectrum(module, *arguments, dtype=torch.float64, **options)
-
-
 class WholeSequences(nn.Module):
-    """Called with a whole sequence and something more; returns outputs only."""
+    """Called with a whole sequence and another argument; returns outputs only."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Weights spread over processes: gathered by all of them together, or refused by all of them."""
+"""Weights that are sharded over processes: all processes gather them, or all refuse them."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ pytestmark = in_processes
 
 
 class _Forked:
-    """Starts the processes by a fork, which a test can do, and brings no weights back from them."""
+    """Starts the processes by fork, and returns no weights from them."""
 
     def _configure_launcher(self):
         self._launcher = _MultiProcessingLauncher(self, start_method="fork")
@@ -51,7 +51,7 @@ class ModelParallel(_Forked, ModelParallelStrategy):
 
 
 class FSDP1(_Forked, FSDPStrategy):
-    """Lightning lets the strategy itself run on GPUs only."""
+    """FSDP on the CPU, which Lightning does not allow."""
 
     def _setup_model(self, model):
         options = {"sharding_strategy": self.sharding_strategy, "device_id": torch.device("cpu"), **self.kwargs}
@@ -59,13 +59,13 @@ class FSDP1(_Forked, FSDPStrategy):
 
 
 def sharded(model, num_processes, folder, *, tensor=1, **options):
-    """Train with the layers spread over all processes, ``tensor`` of which see the same data."""
+    """Train with sharded layers; groups of ``tensor`` processes see the same data."""
     strategy = partial(ModelParallel, num_processes // tensor, tensor, save_distributed_checkpoint=False)
     return fit_distributed(model, num_processes, folder, strategy=strategy, **options)
 
 
 class Sharded(RankModel):
-    """Spreads its weights over the processes where there are several."""
+    """Shards its weights if there are several processes."""
 
     def __init__(self, shard, change=None, **options):
         super().__init__(change, **options)
@@ -122,7 +122,7 @@ def test_all_cells_of_a_sharded_stack_have_the_values_of_the_whole_one(shard, tm
 
 
 class Parametrised(Sharded):
-    """Its weights are made of others, which are spread over the processes."""
+    """Its weight is computed from other tensors, which are sharded."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -185,7 +185,7 @@ def test_a_tensor_parallel_cell_that_is_sharded_too_has_the_values_of_the_whole_
 
 
 class Spread(Looped):
-    """Its cell is called with tensors that are spread over the processes, too."""
+    """Its cell is called with distributed tensors, too."""
 
     def forward(self, inputs):
         if self.device_mesh is None:
@@ -238,11 +238,11 @@ def test_a_sharded_layer_that_was_registered_has_the_values_of_the_whole_one(tmp
     assert_right(partial(Registered, each_layer), 2, tmp_path)
 
 
-# Nobody waits, whatever the batch of a process holds
+# No process waits for another
 
 
 class Sometimes(Sharded):
-    """A second layer that the first process does not call; its parameters take part in the step all the same."""
+    """Has a second layer that the first process does not call, though its parameters take part in the step."""
 
     def __init__(self, shard):
         super().__init__(shard)
@@ -336,7 +336,7 @@ def test_sharded_weights_are_bitwise_those_without_the_monitor(shard, tmp_path):
 
 
 class Refused(LyapunovMonitor):
-    """Writes down what each process refuses, and does nothing else."""
+    """Saves the error of each process, and does nothing else."""
 
     def __init__(self, folder, modules):
         super().__init__(modules)

@@ -1,4 +1,4 @@
-"""The states of custom cells: any pytree, real or complex, made by the caller or by the cell."""
+"""States of custom cells: pytrees, complex states, and states that the cell makes itself."""
 
 import copy
 
@@ -6,26 +6,13 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from helpers import FEATURES, Regressor, TanhCell, fit, messages, randn, series
+from helpers import FEATURES, Regressor, TanhCell, fit, messages, precise, randn, series
 from torch import nn
 from torch.testing import assert_close
 
 from lightning_lyapunov import LyapunovMonitor, jacobians, lyapunov_spectrum
 
 TIME, BATCH, HIDDEN = 12, 3, 5
-
-
-def precise(module, *arguments, **options):
-    return lyapunov_spectrum(module, *arguments, dtype=torch.float64, **options)
-
-
-def by_qr(matrices):
-    """Return the spectra of Jacobians ``(time, batch, state, state)``, with a QR decomposition at every step."""
-    return torch.stack([reference.spectrum(matrices[:, i]) for i in range(matrices.shape[1])])
-
-
-def mean_log_determinant(matrices):
-    return matrices.slogdet().logabsdet.mean(0)
 
 
 class HandLSTM(nn.Module):
@@ -108,7 +95,7 @@ def test_a_state_may_be_any_pytree(cell_class):
     assert_close(ours.sum(-1), expected.sum(-1), rtol=0, atol=1e-8)
     if cell_class not in (DictState, NestedState):
         assert_close(ours, expected, rtol=0, atol=1e-8)
-    assert_close(ours, by_qr(jacobians(module, inputs, module.pack(h, c))), rtol=0, atol=1e-8)
+    assert_close(ours, reference.spectra(jacobians(module, inputs, module.pack(h, c))), rtol=0, atol=1e-8)
 
 
 class HandModel(Regressor):
@@ -209,7 +196,7 @@ def test_a_complex_state_has_two_exponents_for_each_number(cell_class):
         matrices = real_jacobians(cell, inputs[:, i], state[i])
         assert_close(jacobians(cell, inputs, state)[:, i], matrices, rtol=0, atol=1e-10)
         assert_close(spectrum[i], reference.spectrum(matrices), rtol=0, atol=1e-8)
-        assert_close(spectrum[i].sum(), mean_log_determinant(matrices), rtol=0, atol=1e-8)
+        assert_close(spectrum[i].sum(), reference.mean_log_determinant(matrices), rtol=0, atol=1e-8)
 
 
 class BesideComplex(nn.Module):

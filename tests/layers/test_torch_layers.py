@@ -1,4 +1,4 @@
-"""The recurrent layers of torch, however they are built, called and parametrised."""
+"""Recurrent layers of torch: all options, ways of calling them, subclasses and parametrisations."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def assert_recorded(sequences, inputs, states, lengths):
         assert torch.equal(sequences.inputs[:length, member], inputs[:length, member])
 
 
-# However a layer is called, the monitor sees the sequences that it was called with
+# What is recorded
 
 
 @layers
@@ -111,7 +111,7 @@ def test_keywords_in_any_order_are_the_arguments_they_name(kind):
     assert_recorded(recorded(module, lambda: module(inputs, hx=state)), inputs, states, [TIME] * BATCH)
 
 
-# Padding never enters an average
+# Padding
 
 
 @layers
@@ -218,7 +218,7 @@ def test_a_subclass_without_lengths_is_its_parent(kind):
 
 
 class PassingOn(nn.GRU):
-    """Passes on whatever comes, and looks at it."""
+    """Passes all arguments on."""
 
     def forward(self, *args, **kwargs):
         return super().forward(*args, **kwargs)
@@ -247,7 +247,7 @@ def test_a_subclass_may_keep_its_final_state_to_itself():
     assert_recorded(recorded(module, lambda: module(inputs, state)), inputs, states, [TIME] * BATCH)
 
 
-# Cells in the user's own loop
+# Cells in a loop
 
 CELLS = {
     "RNNCell": (nn.RNNCell, nn.RNN, {}),
@@ -293,7 +293,7 @@ def test_a_cell_in_a_loop_is_the_layer_with_its_weights(cell_class, layer_class,
     assert_close(by_monitor, expected, rtol=0, atol=1e-7)
 
 
-# Weights that are made of others
+# Parametrised and pruned weights
 
 
 def halved(module, name):
@@ -327,7 +327,7 @@ modules = pytest.mark.parametrize(
 
 
 def constrained(kind, names, make):
-    """Return a module whose weights were made, and then trained on a little."""
+    """Return a module with such weights, whose parameters were changed a little."""
     options = {"num_layers": 2} if "weight_hh_l1" in names else {}
     module = kind(FEATURES, HIDDEN, **options).double()
     for name in names:
@@ -339,7 +339,7 @@ def constrained(kind, names, make):
 
 
 def plain(module, names):
-    """Turn a module into one of plain weights, by torch's own means."""
+    """Make the weights of a module plain parameters, with torch's functions."""
     for name in names:
         if parametrize.is_parametrized(module, name):
             module.eval()  # in training, spectral norm would go on with its power iteration
@@ -364,7 +364,7 @@ def test_spectrum_is_that_of_the_weights_that_come_out(kind, names, make, traine
 
 
 def traces(module):
-    """Return everything of a module that a look at its weights might change."""
+    """Return everything that reading the weights of a module could change."""
     tensors = {name: value.clone() for name, value in module.state_dict().items()}
     flags = {name: (part.training, len(part._forward_hooks)) for name, part in module.named_modules()}
     return tensors, flags, [parameter.requires_grad for parameter in module.parameters()], torch.get_rng_state()

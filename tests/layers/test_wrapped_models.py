@@ -1,4 +1,4 @@
-"""Layers inside what people wrap them in: compiled parts, lists, shared and frozen modules."""
+"""Layers inside compiled modules and lists, and layers that are shared or frozen."""
 
 import warnings
 from functools import cache
@@ -123,7 +123,7 @@ makes = pytest.mark.parametrize("make", MAKES)
 
 @cache
 def run(make, wrap=None, watched=True):
-    """Train a model; return it, what a monitor that measures now and then has seen, and what was warned of."""
+    """Train a model; return it, its monitor, and the warnings about its layer."""
     torch.compiler.reset()
     model, monitor = Wrapped(MAKES[make], **WRAPS.get(wrap, {})), None
     with warnings.catch_warnings(record=True) as record:
@@ -273,7 +273,7 @@ def test_a_shared_layer_that_is_named_twice_is_measured_once():
 
 
 class CompiledBeside(Regressor):
-    """Keeps a layer and its compiled form, as people do who want to save the one and call the other."""
+    """Keeps a layer and its compiled form: one to save, one to call."""
 
     def __init__(self):
         super().__init__("GRU")

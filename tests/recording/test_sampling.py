@@ -1,4 +1,4 @@
-"""Calls become sequences: those that go on from one another are one, and nothing of the recording is left behind."""
+"""How the calls of a layer become sequences, and what a recording leaves behind."""
 
 import itertools
 import math
@@ -82,7 +82,7 @@ def assert_one_sequence(sequences, inputs, states):
     assert sequences.lengths.tolist() == [len(inputs)] * inputs.shape[1]
 
 
-# Calls that go on from one another are one sequence
+# Calls that continue one another are one sequence
 
 
 @kinds
@@ -176,7 +176,7 @@ def test_a_chain_has_the_spectrum_of_the_long_call(make):
     assert_close(spectrum.clamp(min=expected.min()), expected, rtol=0, atol=1e-8)
 
 
-# Others start new ones
+# Other calls start new sequences
 
 
 @kinds
@@ -378,7 +378,7 @@ def test_a_layer_that_is_not_called_is_not_recorded():
     assert list(recorder.sequences()) == ["called"]
 
 
-# What is recorded is a copy
+# Copies
 
 
 @kinds
@@ -423,7 +423,7 @@ def test_recording_changes_neither_outputs_nor_gradients(make):
     assert all(map(torch.equal, without, recorded))
 
 
-# What is left behind
+# Hooks and errors
 
 
 def test_only_its_own_hook_is_on_the_layer_and_only_while_it_records():
@@ -477,7 +477,7 @@ def test_errors_of_one_step_are_forgotten_in_the_next():
         assert not recording.recorder.errors
 
 
-# In a training
+# In a fit
 
 
 class Decoder(Regressor):

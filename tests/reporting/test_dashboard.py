@@ -1,4 +1,4 @@
-"""What the picture of a spectrum shows, and what a logger's experiment is asked to show."""
+"""Pictures of spectra, the layout of charts, and the calls to a logger's experiment."""
 
 import math
 import re

@@ -1,17 +1,13 @@
-"""The history of measurements: bounded in size, the same after a resume, readable from older layouts."""
+"""The history of measurements: its size, its state after a resume, and older layouts."""
 
 import io
 import itertools
 
 import pytest
 import torch
-from torch.testing import assert_close
+from helpers import assert_equal
 
 from lightning_lyapunov.reporting.history import MAX_MEASUREMENTS, History
-
-
-def assert_equal(one, other):
-    assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def test_errors_that_were_not_saved_are_unknown():

@@ -1,4 +1,4 @@
-"""The exact calls that loggers receive, and what they make of them."""
+"""The exact calls that loggers receive, and what TensorBoard and CSV files contain."""
 
 import csv
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""Loggers other than TensorBoard, with the real packages where they are installed; several at once; and none."""
+"""W&B, MLflow and unknown loggers, several loggers, and no logger."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def fit_quietly(logger, monitor=None, **options):
 
 @pytest.fixture
 def wandb_logger(tmp_path, monkeypatch):
-    """A logger that keeps everything on the disk, and a function that reads the rows of its history."""
+    """A logger that writes to the disk only, and a function that reads the rows of its history."""
     for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -171,7 +171,7 @@ def test_mlflow_takes_a_layer_of_any_name(mlflow_logger):
 
 
 class Unknown(SilentLogger):
-    """Takes numbers; nothing is known of what else."""
+    """Takes numbers, and is not known to the package."""
 
     def __init__(self):
         super().__init__()
@@ -182,7 +182,7 @@ class Unknown(SilentLogger):
 
 
 class CometLogger(Unknown):
-    """As Comet's: its experiment has calls for pictures of its own kind, which are not known here, and no others."""
+    """Like Comet's: its experiment has its own calls for pictures, which the package does not know."""
 
     class CometExperiment:
         __slots__ = ()
@@ -218,7 +218,7 @@ def test_nothing_is_said_of_pictures_that_nobody_wants():
     assert not warned
 
 
-# Several, and the band
+# Several loggers, and the band
 
 
 @pytest.mark.slow
