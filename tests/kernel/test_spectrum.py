@@ -52,6 +52,7 @@ def test_spectrum_of_a_stack_is_the_union_of_the_spectra_of_its_layers(cell, num
 
 
 # The condition numbers of single steps reach e^10, e^18 and e^40: the more saturated, the fewer digits float64 holds.
+@pytest.mark.slow
 @invertible_cells
 @pytest.mark.parametrize(("gain", "tolerance"), [(1.0, 1e-11), (4.0, 1e-10), (10.0, 1e-5)])
 def test_spectrum_of_a_saturated_network_is_exact(cell, gain, tolerance):

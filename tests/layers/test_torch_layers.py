@@ -114,6 +114,7 @@ def test_keywords_in_any_order_are_the_arguments_they_name(kind):
 # Padding
 
 
+@pytest.mark.slow
 @layers
 @pytest.mark.parametrize("lengths", [[7, 4, 2], [2, 7, 4], [1, 7, 7]], ids=str)
 def test_a_packed_batch_gives_each_member_what_it_gets_alone(kind, options, lengths):
@@ -128,6 +129,7 @@ def test_a_packed_batch_gives_each_member_what_it_gets_alone(kind, options, leng
         assert_close(by_monitor[member].clamp(min=-87.3365), expected.clamp(min=-87.3365), rtol=0, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
 @pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
 def test_the_monitor_averages_over_the_steps_of_the_members_alone(kind, options):

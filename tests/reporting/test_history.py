@@ -76,6 +76,7 @@ def test_a_long_history_of_the_first_layout_is_thinned_when_it_is_read(count):
     assert_covers(measured(history, range(count, count + 700)), count + 700)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_exponents", [1, 16, 64])
 @pytest.mark.parametrize("num_cells", [1, 3])
 def test_a_file_grows_no_further(num_cells, num_exponents):
