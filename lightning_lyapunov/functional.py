@@ -186,7 +186,7 @@ def jacobians(
 def _no_grad_no_autocast() -> Iterator[None]:
     """Compute without gradients and in the dtypes that are asked for, whatever is set around the call."""
     with torch.no_grad(), ExitStack() as stack:
-        for device in ("cpu", "cuda", "mps"):
+        for device in filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps")):
             stack.enter_context(torch.autocast(device, enabled=False))
         yield
 

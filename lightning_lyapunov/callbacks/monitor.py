@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lightning_lyapunov.callbacks.host import AnyCallback
 from lightning_lyapunov.callbacks.measurement import Measurement, Options
 from lightning_lyapunov.callbacks.overhead import Overhead
 from lightning_lyapunov.callbacks.publish import Estimate, Publisher, logger_step
@@ -25,7 +25,7 @@ from lightning_lyapunov.reporting.history import History, save_table
 __all__ = ["LyapunovMonitor"]
 
 
-class LyapunovMonitor(Callback):
+class LyapunovMonitor(AnyCallback):  # type: ignore[misc]
     r"""Log the Lyapunov spectrum of the recurrent layers of a model while it trains.
 
     The monitor measures at the first training batch, and by default at the end of every epoch. On such a batch it
@@ -175,11 +175,8 @@ class LyapunovMonitor(Callback):
             self._run.sequences = self._run.recorder.sequences()
             self._measure(trainer, self._run, logger_step(trainer))
 
-    def on_test_batch_start(self, trainer: Any, *_: Any) -> None:
-        self.on_validation_batch_start(trainer)
-
-    def on_test_batch_end(self, trainer: Any, *_: Any) -> None:
-        self.on_validation_batch_end(trainer)
+    on_test_batch_start = on_validation_batch_start
+    on_test_batch_end = on_validation_batch_end
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._end_run()

@@ -5,8 +5,8 @@ import re
 from typing import Any
 
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
+from lightning_lyapunov.callbacks.host import AnyCallback, EarlyStoppingReason
 from lightning_lyapunov.callbacks.monitor import LyapunovMonitor
 from lightning_lyapunov.callbacks.publish import Estimate
 from lightning_lyapunov.confidence import student_t_quantile
@@ -14,7 +14,7 @@ from lightning_lyapunov.confidence import student_t_quantile
 __all__ = ["InstabilityStopping"]
 
 
-class InstabilityStopping(EarlyStopping):
+class InstabilityStopping(EarlyStopping, AnyCallback):  # type: ignore[misc]
     """Stop training when the lower confidence bound of a Lyapunov exponent exceeds a threshold.
 
     The rule reads the measurements of a :class:`LyapunovMonitor` among the callbacks. It counts measurements, not
@@ -60,7 +60,11 @@ class InstabilityStopping(EarlyStopping):
         super().__init__(monitor, patience=patience, verbose=verbose)
         self.threshold, self.confidence, self.lower_threshold = threshold, confidence, lower_threshold
         self._side = ""
+        self._start()
+
+    def _start(self) -> None:
         self._seen: Estimate | None = None
+        self.stopping_reason, self.stopping_reason_message = EarlyStoppingReason.NOT_STOPPED, None
 
     @property
     def state_key(self) -> str:
@@ -79,8 +83,7 @@ class InstabilityStopping(EarlyStopping):
                 "`InstabilityStopping` has nothing to read. Add a monitor: `callbacks=[LyapunovMonitor(), "
                 "InstabilityStopping()]`."
             )
-        self._seen = None
-        self.stopping_reason, self.stopping_reason_message = EarlyStoppingReason.NOT_STOPPED, None
+        self._start()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._check(trainer)

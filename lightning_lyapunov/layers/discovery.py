@@ -1,7 +1,7 @@
 """The recurrent layers of a model, by name."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -39,7 +39,7 @@ def find_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[st
     one_graph = {}
     for path, module in model.named_modules(remove_duplicate=False):
         modules.setdefault(_without_wrappers(path), module)
-        if getattr(getattr(module, "dynamo_ctx", None), "fullgraph", False):
+        if _is_one_graph(module):
             one_graph[_without_wrappers(path)] = module
     recurrent = {name: module for name, module in modules.items() if is_recurrent(getattr(module, "_orig_mod", module))}
     found = ", ".join(f"`{name}` ({type(module).__name__})" for name, module in recurrent.items()) or "none"
@@ -63,6 +63,16 @@ def find_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[st
             inside = any(name.startswith(f"{path}.") for path in one_graph)
             layers[name] = FoundLayer(layer, None if inside else one_graph.get(name, layer.module))
     return layers
+
+
+def _is_one_graph(module: nn.Module) -> bool:
+    """Return whether ``torch.compile`` wraps it with ``fullgraph=True``."""
+    context: Any = getattr(module, "dynamo_ctx", None)
+    if hasattr(context, "fullgraph"):
+        return bool(context.fullgraph)
+    # Older releases of torch keep it in the kind of compiler alone.
+    compiler = getattr(getattr(context, "callback", None), "_torchdynamo_orig_callable", None)
+    return type(compiler).__name__ == "ConvertFrameAssert"
 
 
 def _without_wrappers(path: str) -> str:

@@ -152,8 +152,10 @@ def save_table(history: Mapping[str, Mapping[str, Tensor]], path: str | Path) ->
     """
     path = Path(path)
     if path.suffix == ".npz":
-        arrays = {f"{layer}/{key}": array.numpy() for layer, m in history.items() for key, array in m.items()}
-        np.savez(path, allow_pickle=False, **arrays)
+        arrays: dict[str, Any] = {
+            f"{layer}/{key}": array.numpy() for layer, m in history.items() for key, array in m.items()
+        }
+        np.savez(path, **arrays)
     elif path.suffix == ".csv":
         with path.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)

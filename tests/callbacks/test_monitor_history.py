@@ -102,6 +102,7 @@ def test_the_history_is_a_table_in_one_call(suffix, tmp_path):
     history = monitor.history["rnn.l1"]
     if suffix == ".npz":
         table = np.load(tmp_path / "history.npz")
+        assert sorted(table) == [f"rnn.l{i}/{key}" for i in (0, 1) for key in ("spectrum", "stderr", "step")]
         assert np.array_equal(table["rnn.l1/spectrum"], history["spectrum"].numpy())
         assert table["rnn.l0/step"].tolist() == [0, 2, 5]
         return

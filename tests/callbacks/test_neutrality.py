@@ -171,7 +171,7 @@ class Guarded(Regressor):
     def training_step(self, batch, batch_idx):
         inputs, targets = batch
         inputs = inputs + 0.01 * torch.randn_like(inputs) * random.random() + 0.01 * float(np.random.rand())
-        loss = nn.functional.mse_loss(self(inputs), targets)
+        loss = (self(inputs) - targets).square().mean()
         self.mean(loss.detach().float())
         self.log("loss", loss, on_step=True, on_epoch=True, prog_bar=True)
         self.log("mean", self.mean, on_step=False, on_epoch=True)
@@ -184,7 +184,7 @@ class Guarded(Regressor):
         return loss
 
     def validation_step(self, batch, batch_idx):
-        self.log("validation", nn.functional.mse_loss(self(batch[0]), batch[1]))
+        self.log("validation", (self(batch[0]) - batch[1]).square().mean())
 
     def configure_optimizers(self):
         optimizer = torch.optim.Adam(self.parameters(), 0.05)
@@ -342,7 +342,7 @@ def test_a_run_that_is_interrupted_and_resumed_is_the_same_with_the_monitor_in_e
             train(RESUMED, monitored=first, **options)
         checkpoint = tmp_path / folder / f"step={saved}.ckpt"
         account, trainer = train(RESUMED, monitored=second, ckpt_path=checkpoint)
-        assert trainer.global_step == 10
+        assert trainer.current_epoch == 2
         return torch.load(checkpoint, weights_only=True), account
 
     checkpoint, account = both_parts("without", False, False)

@@ -10,10 +10,10 @@ import pytest
 import pytorch_lightning
 import torch
 from helpers import Dial, Regressor, TwoLayers, fit, leading_exponents, series
-from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from torch import nn
 
 from lightning_lyapunov import InstabilityStopping, LyapunovMonitor
+from lightning_lyapunov.callbacks.host import EarlyStoppingReason
 from lightning_lyapunov.callbacks.publish import Estimate
 from lightning_lyapunov.confidence import student_t_quantile
 
