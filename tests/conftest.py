@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+# They hold no doctests, and several modules of one name cannot be imported.
+collect_ignore_glob = ["*/conftest.py"]
 # Before 2.7, `fully_shard` shards on GPUs only.
 collect_ignore = ["layers/test_sharded.py"] if torch.__version__ < "2.7" else []
 
