@@ -17,7 +17,7 @@ class _Reason(Enum):
     NON_FINITE_METRIC = 4
 
 
-EarlyStoppingReason = getattr(early_stopping, "EarlyStoppingReason", _Reason)
+EarlyStoppingReason = vars(early_stopping).get("EarlyStoppingReason", _Reason)
 """Why a rule stopped a run. Lightning has it from 2.6 on."""
 
 
