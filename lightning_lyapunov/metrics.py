@@ -29,6 +29,7 @@ __all__ = [
     "NumFlooredExponents",
     "NumPositiveExponents",
     "NumSequences",
+    "NumSteps",
     "ShareNearZero",
     "lyapunov_metrics",
 ]
@@ -284,6 +285,27 @@ class NumSequences(_ScalarMetric):
         return estimates.samples
 
 
+class NumSteps(_ScalarMetric):
+    """How many steps the others are averaged over, of all sequences together.
+
+    Args:
+        num_exponents: number of exponents of each spectrum.
+        kwargs: see :class:`torchmetrics.Metric`.
+
+    Example::
+
+        >>> from torch import tensor
+        >>> metric = NumSteps(num_exponents=1)
+        >>> metric.update(tensor([[0.1], [0.3]]), steps=50)
+        >>> metric.compute()
+        tensor(100., dtype=torch.float64)
+    """
+
+    @staticmethod
+    def read(estimates: Estimates) -> Tensor:
+        return estimates.total_steps
+
+
 class Log10GradientGain(_ScalarMetric):
     r"""The decades by which a gradient grows (+) or fades (-) over the steps averaged: ``lambda_1 T / ln 10``.
 
@@ -369,6 +391,7 @@ _SUMMARY: dict[str, type[SpectrumMetric]] = {
     "spectrum": LyapunovSpectrum,
     "stderr": LyapunovStandardError,
     "num_sequences": NumSequences,
+    "num_steps": NumSteps,
 }
 
 

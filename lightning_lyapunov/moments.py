@@ -20,12 +20,14 @@ class Estimates(NamedTuple):
         stderr: standard errors in the same order, ``(num_exponents,)``.
         samples: the number of sequences, or segments of one.
         steps: the mean number of averaged steps of a sequence.
+        total_steps: the number of averaged steps of all of them.
     """
 
     spectrum: Tensor
     stderr: Tensor
     samples: Tensor
     steps: Tensor
+    total_steps: Tensor
 
 
 class SpectrumMetric(Metric):
@@ -54,7 +56,9 @@ class SpectrumMetric(Metric):
         self.num_exponents = num_exponents
         # Rows: growth, growth^2, growth x steps, steps, steps^2, samples, sequences. In float64, because the variance
         # is a difference of large numbers.
-        self.add_state("moments", torch.zeros(7, num_exponents, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state(
+            "moments", torch.zeros(7, num_exponents, dtype=torch.float64, device="cpu"), dist_reduce_fx="sum"
+        )
 
     def update(self, spectrum: Tensor, steps: Tensor | float = 1.0, segments: int = 1) -> None:
         """Add spectra.
@@ -75,7 +79,13 @@ class SpectrumMetric(Metric):
                 f"but got {tuple(spectrum.shape)}."
             )
         spectrum = spectrum.detach().to(self.moments)
-        steps = torch.as_tensor(steps).to(self.moments).expand(len(spectrum)).unsqueeze(-1).expand_as(spectrum)
+        steps = (
+            torch.as_tensor(steps, device=self.moments.device)
+            .to(self.moments)
+            .expand(len(spectrum))
+            .unsqueeze(-1)
+            .expand_as(spectrum)
+        )
         growth = spectrum.masked_fill(spectrum <= EXPONENT_FLOOR, -math.inf) * steps
         ones = torch.ones_like(steps)
         rows = torch.stack((growth, growth.square(), growth * steps, steps, steps.square(), ones, ones / segments))
@@ -90,7 +100,7 @@ class SpectrumMetric(Metric):
         stderr = stderr.masked_fill(count < 2, math.nan).masked_fill(mean.isneginf(), 0)
         spectrum, order = mean.clamp(min=EXPONENT_FLOOR).sort(descending=True)
         samples = count.masked_fill(steps.isnan(), math.nan)
-        return Estimates(spectrum, stderr[order], samples[0], (steps / sequences)[0])
+        return Estimates(spectrum, stderr[order], samples[0], (steps / sequences)[0], steps[0])
 
     def compute(self) -> Any:
         """Return the value of the metric; NaN before the first update."""

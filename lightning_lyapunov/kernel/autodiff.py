@@ -90,7 +90,11 @@ class AutodiffRecurrence(Recurrence):
 
     def _push_by_reverse_mode(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
         # The members of the batch are independent: a cotangent of all of them is a row of each Jacobian.
-        rows = torch.eye(self.state_size).to(states).unsqueeze(1).expand(-1, states.shape[1], -1)
+        rows = (
+            torch.eye(self.state_size, dtype=states.dtype, device=states.device)
+            .unsqueeze(1)
+            .expand(-1, states.shape[1], -1)
+        )
 
         def jacobian(state: Tensor, step_inputs: Tensor) -> Tensor:
             pull_back = torch.func.vjp(lambda s: self.step(s, step_inputs), state)[1]

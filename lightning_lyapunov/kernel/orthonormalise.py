@@ -85,7 +85,7 @@ def eliminate(pushed: Tensor, alive: Tensor, max_log_condition: float) -> tuple[
     the condition of ``L``: too much in float32.
     """
     pushed, alive, back = _living_first(pushed, alive)
-    factors, pivots, _ = torch.linalg.lu_factor_ex(pushed)
+    factors, pivots = _factorise(pushed)
     r_diagonal = factors.diagonal(dim1=-2, dim2=-1).abs().where(alive, 1)
     log_condition = float(_log_condition(pushed.abs().amax((-2, -1)), r_diagonal, alive))
     if not log_condition <= max_log_condition:
@@ -96,6 +96,19 @@ def eliminate(pushed: Tensor, alive: Tensor, max_log_condition: float) -> tuple[
     rows = _rows_after_pivoting(pivots, vectors.shape[-1]).unsqueeze(-2).expand_as(vectors)
     frame = torch.empty_like(vectors).scatter_(-1, rows, vectors).mT
     return _columns(frame, back), _columns(r_diagonal, back).log(), log_condition
+
+
+def _factorise(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors and pivots of each matrix of a batch.
+
+    On a CPU one matrix at a time: with more than one thread, MKL's batched factorisation is wrong from about 150 rows
+    on (pytorch issues 141358 and 142815).
+    """
+    if vectors.device.type != "cpu" or torch.get_num_threads() == 1:
+        factors, pivots, _ = torch.linalg.lu_factor_ex(vectors)
+        return factors, pivots
+    one_by_one = [torch.linalg.lu_factor_ex(matrix) for matrix in vectors]
+    return torch.stack([lu.LU.mT for lu in one_by_one]).mT, torch.stack([lu.pivots for lu in one_by_one])
 
 
 def _rows_after_pivoting(pivots: Tensor, count: int) -> Tensor:

@@ -1,8 +1,13 @@
-"""The dtype in which each device computes what must not be rounded."""
+"""Arithmetic that no setting of the process changes."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 
-__all__ = ["widest_dtype"]
+__all__ = ["plain_arithmetic", "widest_dtype"]
 
 
 def widest_dtype(device: torch.device) -> torch.dtype:
@@ -11,3 +16,37 @@ def widest_dtype(device: torch.device) -> torch.dtype:
     It costs little beside the products with the frame. A rounding error of a trajectory grows by ``exp(lambda_1 t)``.
     """
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+@contextmanager
+def plain_arithmetic() -> Iterator[None]:
+    """Compute without gradients, without autocast and with full float32 products, and restore every setting.
+
+    Products in TF32 keep 10 bits, too few for the log-conditions that are accepted in float32. Tensors that are made
+    without a device or a dtype come as torch makes them by default: on the CPU, in float32.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for device in filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps")):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(_full_float32())
+        yield
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Forbid TF32 and bfloat16 in products of float32 matrices."""
+    settings: list[tuple[Callable[[Any], Any], Any]] = []
+    try:
+        try:
+            if (before := torch.get_float32_matmul_precision()) != "highest":
+                settings.append((torch.set_float32_matmul_precision, before))
+                torch.set_float32_matmul_precision("highest")
+        except RuntimeError:  # set by torch's newer names, which the older ones refuse to read
+            for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
+                settings.append((partial(setattr, backend, "fp32_precision"), backend.fp32_precision))
+                backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for restore, value in settings:
+            restore(value)

@@ -6,10 +6,9 @@ Phys. 61, 1979), as used for networks by Vogt, Puelma Touzel, Shlizerman & Lajoi
 """
 
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -65,8 +64,9 @@ def generic_frame(state_size: int, num_exponents: int) -> Tensor:
     exponent give ln 0.5. The vectors come from a private generator, one by one, so that neither the precision nor the
     number of exponents changes them and the global random state is left alone.
     """
-    generator = torch.Generator().manual_seed(0)
-    columns = [torch.randn(state_size, generator=generator, dtype=torch.float64) for _ in range(num_exponents)]
+    generator = torch.Generator("cpu").manual_seed(0)
+    options: dict[str, Any] = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+    columns = [torch.randn(state_size, **options) for _ in range(num_exponents)]
     return torch.linalg.qr(torch.stack(columns, -1)).Q
 
 
@@ -77,7 +77,7 @@ def log_growth(
     lengths: Tensor,
     *,
     num_exponents: int,
-    warmup: int = 0,
+    warmup: int | Tensor = 0,
     qr_interval: int | Literal["auto"] = "auto",
     dtype: torch.dtype = torch.float64,
     segments: int = 1,
@@ -93,27 +93,31 @@ def log_growth(
         state: the state before the first step, ``(batch, state_size)``.
         lengths: the steps of each sequence, ``(batch,)``, on the CPU; what follows them is not read.
         num_exponents: the number of tangent vectors carried.
-        warmup: steps that move the state and the frame and are not averaged.
+        warmup: steps that move the state and the frame and are not averaged, of all sequences or of each, ``(batch,)``
+            on the CPU.
         qr_interval: steps between two re-orthonormalisations; ``"auto"`` takes as many as conditioning allows.
         dtype: the least precise dtype for products with the frame, float32 or float64.
-        segments: stretches of time to sum separately, for an error over time.
+        segments: equal parts of each sequence to sum separately, for an error over time.
     """
     lengths, order = lengths.sort(descending=True, stable=True)
-    longest = int(lengths[0])
-    edges = [warmup + i * (longest - warmup) // segments for i in range(segments + 1)]
+    warmups = torch.as_tensor(warmup, device="cpu").expand(len(lengths))[order].clamp(max=lengths)
+    # The steps at which the segments of each sequence start and end, (segments + 1, batch).
+    parts = torch.arange(segments + 1, device="cpu").unsqueeze(-1)
+    edges = warmups + parts * (lengths - warmups) // segments
     controller = IntervalController(qr_interval, dtype, state.device, tangent_map.state_size)
     propagator = FramePropagator(tangent_map, state[order], num_exponents, controller)
     total = propagator.frame.new_zeros(segments, len(lengths), num_exponents, dtype=widest_dtype(state.device))
     inputs = inputs[:, order]
-    for start, stop in pairwise(sorted({0, *edges, *lengths.tolist()})):
+    for start, stop in pairwise(sorted({0, *edges.flatten().tolist(), *lengths.tolist()})):
         running = int((lengths > start).sum())
         propagator.keep(running)
         grown = propagator.advance(inputs[start:stop, :running])
-        if start >= warmup:
-            total[bisect_right(edges, start) - 1, :running] += grown
-    steps = torch.stack([lengths.clamp(start, stop) - start for start, stop in pairwise(edges)])
+        for segment in range(segments):
+            averaged = (edges[segment, :running] <= start) & (start < edges[segment + 1, :running])
+            if averaged.any():
+                total[segment, :running] += grown.where(averaged.to(grown.device).unsqueeze(-1), 0)
     original = order.argsort()
-    return Growth(total[:, original], steps[:, original].to(total.device))
+    return Growth(total[:, original], edges.diff(dim=0)[:, original].to(total.device))
 
 
 class FramePropagator:
