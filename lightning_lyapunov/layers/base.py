@@ -19,11 +19,13 @@ class Sequences(NamedTuple):
         inputs: ``(time, batch, ...)``; what follows the end of a sequence is never read.
         states: the state of each cell before the first step, ``(cells, batch, state)``.
         lengths: steps of each sequence, ``(batch,)``, on the CPU.
+        members: the member of the recorded batch that each sequence is of, ``(batch,)``, on the CPU; None: all differ.
     """
 
     inputs: Tensor
     states: Tensor
     lengths: Tensor
+    members: Tensor | None = None
 
 
 class Call(NamedTuple):

@@ -1,7 +1,6 @@
 """Recurrent layers of the user: any module, or plain callable, that maps a state to the next."""
 
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from inspect import signature
 from itertools import accumulate
 from typing import Any
@@ -13,9 +12,10 @@ from torch.utils import _pytree as pytree
 from lightning_lyapunov.kernel.autodiff import AutodiffRecurrence
 from lightning_lyapunov.kernel.precision import widest_dtype
 from lightning_lyapunov.layers.base import Call, DrivenCell, RecurrentLayer, Sequences, check_tensor
+from lightning_lyapunov.layers.copies import frozen_copy
 from lightning_lyapunov.layers.sharding import full_tensor
 
-__all__ = ["CallableLayer", "CustomLayer", "Step"]
+__all__ = ["CallableLayer", "CustomLayer", "Step", "drive_step"]
 
 Step = Callable[[nn.Module, Any, Any], Any]
 """``step(module, input, state)``, which returns the next state, or a pair of an output and it."""
@@ -49,7 +49,7 @@ class CallableLayer(RecurrentLayer):
         if state.shape[1] == 0:
             raise ValueError(f"`state` must hold at least one number, but its shape is {tuple(state.shape)}.")
         self._size = state.shape[1]
-        return Sequences(inputs, state.unsqueeze(0), torch.full((inputs.shape[1],), inputs.shape[0]))
+        return Sequences(inputs, state.unsqueeze(0), torch.full((inputs.shape[1],), inputs.shape[0], device="cpu"))
 
     def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
         raise NotImplementedError("A plain callable is not a module of a model.")
@@ -77,8 +77,8 @@ class CustomLayer(RecurrentLayer):
     Args:
         module: the module.
         step: one step of it; by default the module is called as ``(input, state)``.
-        read_call: from the arguments of the module's ``forward``, the inputs ``(time, batch, ...)`` of that call and
-            the state before them; by default a call is one step.
+        read_call: from the arguments of the module's ``forward``, the inputs ``(time, batch, ...)`` of that call, the
+            state before them and, if it can be known, the one after them; by default a call is one step.
     """
 
     cell_names = ("",)
@@ -87,7 +87,7 @@ class CustomLayer(RecurrentLayer):
         self,
         module: nn.Module,
         step: Step | None = None,
-        read_call: Callable[..., tuple[Tensor, Any]] | None = None,
+        read_call: Callable[..., tuple[Any, ...]] | None = None,
     ) -> None:
         self.module = module
         self._step, self._read_call = step or _call, read_call
@@ -104,7 +104,7 @@ class CustomLayer(RecurrentLayer):
 
     def read(self, inputs: Any, state: Any = None) -> Sequences:
         if self._read_call is not None:
-            inputs, state = self._read_call(self.module, inputs, *([] if state is None else [state]))
+            inputs, state, *_ = self._read_call(self.module, inputs, *([] if state is None else [state]))
         if state is None:
             raise ValueError(
                 f"`state` is required for {type(self.module).__name__}: pass the state before the first step."
@@ -128,12 +128,14 @@ class CustomLayer(RecurrentLayer):
                 f"`state` must have the batch, {inputs.shape[1]}, as the first dimension of each tensor for "
                 f"{type(self.module).__name__}, but has {states.shape[0]}. A `step` may move it: `register_layer`."
             )
-        return Sequences(inputs, states.unsqueeze(0), torch.full((inputs.shape[1],), inputs.shape[0]))
+        return Sequences(inputs, states.unsqueeze(0), torch.full((inputs.shape[1],), inputs.shape[0], device="cpu"))
 
     def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call | None:
         args, kwargs, output = pytree.tree_map(full_tensor, (args, kwargs, output))
         if self._read_call is not None:
-            return Call(self._sequences(*self._read_call(self.module, *args, **kwargs)), None)
+            inputs, state, *after = self._read_call(self.module, *args, **kwargs)
+            sequences = self._sequences(inputs, state)
+            return Call(sequences, self._layout_of(after[0]).flatten(after[0]).unsqueeze(0) if after else None)
         given = list(signature(self.module.forward).bind(*args, **kwargs).arguments.values())
         if not 1 <= len(given) <= 2 or not isinstance(given[0], Tensor):
             raise TypeError(
@@ -147,32 +149,40 @@ class CustomLayer(RecurrentLayer):
         sequences, layout = self._sequences(inputs.unsqueeze(0), state), _StateLayout(state)
         return Call(sequences, layout.flatten(layout.find(output)).unsqueeze(0))
 
-    def drive(self, sequences: Sequences) -> Iterator[DrivenCell]:
-        assert self._layout is not None
-        errors = []
-        for dtype in dict.fromkeys((widest_dtype(sequences.inputs.device), self.dtype)):
-            step = self._plain_step(dtype or torch.float64)
-            inputs, state = sequences.inputs, sequences.states[0]
-            if dtype is not None:
-                inputs, state = inputs.to(dtype) if inputs.is_floating_point() else inputs, state.to(dtype)
-            try:
-                after = step(state.clone(), inputs[0].clone())
-            except Exception as error:
-                # Tensors that are no parameters or buffers keep their dtype: then the module's own is the one to use.
-                errors.append(error)
-                continue
-            if after.shape != state.shape:
-                raise ValueError(f"The state of {type(self.module).__name__} changes its size: {tuple(after.shape)}.")
-            yield _driven(step, inputs, state, after)
-            return
-        raise ValueError(
-            f"`dynamics`, a step of {type(self.module).__name__}, fails on a state {self._layout} and an input "
-            f"{tuple(sequences.inputs.shape[1:])}: {errors[-1]}"
-        ) from errors[-1]
+    def _layout_of(self, state: Any) -> "_StateLayout":
+        layout = _StateLayout(state)
+        if layout != self._layout:
+            raise ValueError(
+                f"`read_call` returned a state after the call, {layout}, unlike that before: {self._layout}."
+            )
+        return layout
 
-    def _plain_step(self, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    def leaves(self, states: Tensor) -> list[Tensor]:
+        """Return the tensors of flat states, ``(batch, state)``."""
+        assert self._layout is not None
+        return pytree.tree_leaves(self._layout.unflatten(states))
+
+    def join_leaves(self, leaves: list[Tensor]) -> Tensor:
+        """Return flat states, ``(batch, state)``, of tensors with the numbers of :meth:`leaves`, in other shapes."""
+        assert self._layout is not None
+        shaped = [leaf.reshape(-1, *shape) for leaf, (shape, _) in zip(leaves, self._layout.shapes, strict=True)]
+        return self._layout.flatten(pytree.tree_unflatten(shaped, self._layout.structure))
+
+    def after(self, module: nn.Module, sequences: Sequences) -> Tensor:
+        """Return the states after all steps, ``(batch, state)``, by the step of a copy of the module."""
+        layout, state = self._layout, sequences.states[0]
+        assert layout is not None
+        for inputs in sequences.inputs:
+            state = layout.flatten(layout.find(self._step(module, inputs, layout.unflatten(state))))
+        return state
+
+    def drive(self, sequences: Sequences) -> Iterator[DrivenCell]:
+        dtypes = dict.fromkeys((widest_dtype(sequences.inputs.device), self.dtype))
+        yield drive_step(self._plain_step, sequences, dtypes, f"{type(self.module).__name__} on a state {self._layout}")
+
+    def _plain_step(self, dtype: torch.dtype | None) -> Callable[[Tensor, Tensor], Tensor]:
         """Return the step as a function of flat real states, with weights that are a copy."""
-        module, layout = _frozen_copy(self.module, dtype), self._layout
+        module, layout = frozen_copy(self.module, dtype or torch.float64), self._layout
         assert layout is not None
 
         def step(state: Tensor, inputs: Tensor) -> Tensor:
@@ -180,6 +190,43 @@ class CustomLayer(RecurrentLayer):
             return layout.flatten(layout.find(self._step(module, inputs, before)))
 
         return step
+
+
+def drive_step(
+    make_step: Callable[[torch.dtype | None], Callable[[Tensor, Tensor], Tensor]],
+    sequences: Sequences,
+    dtypes: Iterable[torch.dtype | None],
+    what: str,
+    *,
+    cast_inputs: bool = True,
+) -> DrivenCell:
+    """Return the one cell of a layer, in the first dtype in which a step works.
+
+    Tensors that are no parameters or buffers keep their dtype: then only the module's own dtype works.
+
+    Args:
+        make_step: returns the step in a dtype.
+        sequences: the sequences that drive it.
+        dtypes: the dtypes to try; None for that of the sequences.
+        what: the step, for an error message.
+        cast_inputs: cast floating point inputs to the dtype.
+    """
+    errors = []
+    for dtype in dtypes:
+        inputs, state = sequences.inputs, sequences.states[0]
+        try:
+            step = make_step(dtype)
+            if dtype is not None:
+                inputs = inputs.to(dtype) if cast_inputs and inputs.is_floating_point() else inputs
+                state = state.to(dtype)
+            after = step(state.clone(), inputs[0].clone())
+        except Exception as error:
+            errors.append(error)
+            continue
+        if after.shape != state.shape:
+            raise ValueError(f"The state of {what} changes its size: {tuple(after.shape)}.")
+        return _driven(step, inputs, state, after)
+    raise ValueError(f"`dynamics`, a step of {what}, fails: {errors[-1]}") from errors[-1]
 
 
 def _driven(step: Callable[[Tensor, Tensor], Tensor], inputs: Tensor, state: Tensor, after: Tensor) -> DrivenCell:
@@ -196,41 +243,6 @@ def _driven(step: Callable[[Tensor, Tensor], Tensor], inputs: Tensor, state: Ten
 
 def _call(module: nn.Module, inputs: Any, state: Any) -> Any:
     return module(inputs, state)
-
-
-def _frozen_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a copy in evaluation mode, without hooks or gradients: calling it leaves the original untouched."""
-    # Tensors that hang on a graph refuse to be copied, wherever the module keeps them.
-    kept = pytree.tree_leaves([part.__dict__ for part in module.modules()])
-    memo: dict[int, Any] = {
-        id(value): value.detach().clone() for value in kept if isinstance(value, Tensor) and value.grad_fn is not None
-    }
-    still = _copied(module, memo).eval().requires_grad_(False)
-    for part in still.modules():
-        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
-            # Those of torch, pruning and the older norms, make weights.
-            for key in [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils.")]:
-                del hooks[key]
-    return still._apply(lambda tensor: _cast(tensor, dtype))
-
-
-def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Return a copy. ``fully_shard`` installs a class that forbids deepcopy: restore the original class on the copy."""
-    units: list[Any] = [part for part in module.modules() if hasattr(part, "unshard")]
-    for unit in units:
-        own = next(kind for kind in type(unit).__mro__ if not kind.__module__.startswith("torch.distributed."))
-        memo[id(unit)] = object.__new__(own)
-        memo[id(unit._get_fsdp_state())] = unit._get_fsdp_state()
-    for unit in units:
-        memo[id(unit)].__setstate__(copy.deepcopy(unit.__dict__, memo))
-    return copy.deepcopy(module, memo)
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor in the real dtype, or the complex one of the same precision; integers as they are."""
-    if tensor.is_complex():
-        return tensor.to(dtype.to_complex())
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 class _StateLayout:

@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from lightning_lyapunov.layers.base import RecurrentLayer
-from lightning_lyapunov.layers.registry import as_layer, is_recurrent
+from lightning_lyapunov.layers.registry import as_closed_form, is_recurrent, refuse_what_cannot_be_read, registered
 
 __all__ = ["FoundLayer", "find_layers"]
 
@@ -15,13 +14,26 @@ class FoundLayer(NamedTuple):
     """A layer of a model, and the module to put hooks on.
 
     Attributes:
-        layer: the recurrent layer.
-        hook_target: the layer's module, or the compiled module around it; None where a hook would break a compiled
-            graph.
+        module: the module of the layer.
+        hook_target: that module, or the compiled one around it; None where a hook would break a compiled graph.
+        wrapper: the module that holds it, and its name there; None where that is the whole model.
     """
 
-    layer: RecurrentLayer
+    module: nn.Module
     hook_target: nn.Module | None
+    wrapper: tuple[nn.Module, str] | None = None
+
+    @property
+    def cell_names(self) -> tuple[str, ...]:
+        """PyTorch's suffixes of its cells, ``l0``, ``l0_reverse``, ``l1`` ...; one empty name for a single cell."""
+        closed = None if registered(self.module) else as_closed_form(self.module)
+        return ("",) if closed is None else closed.cell_names
+
+    @property
+    def state_sizes(self) -> tuple[int, ...]:
+        """The components of the state of each cell; 0 where they are known only after a call."""
+        closed = None if registered(self.module) else as_closed_form(self.module)
+        return (0,) if closed is None else closed.state_sizes
 
 
 def find_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, FoundLayer]:
@@ -50,18 +62,23 @@ def find_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[st
         )
     layers: dict[str, FoundLayer] = {}
     for name in map(_without_wrappers, names or recurrent):
+        if not name:
+            raise ValueError(f"`modules` names the whole model. Name a layer of it. Its recurrent layers: {found}.")
         if name not in modules:
             raise ValueError(f"`modules` names `{name}`, which the model does not have. Its recurrent layers: {found}.")
+        module = getattr(modules[name], "_orig_mod", modules[name])
         try:
-            layer = as_layer(modules[name])
+            refuse_what_cannot_be_read(module)
         except TypeError as error:
             raise ValueError(
                 f"`modules`: `{name}` cannot be watched. {error} The recurrent layers: {found}."
             ) from error
-        if not any(layer.module is other.layer.module for other in layers.values()):
+        if not any(module is other.module for other in layers.values()):
             # A hook breaks a compiled graph: where that is an error it can only stand outside.
             inside = any(name.startswith(f"{path}.") for path in one_graph)
-            layers[name] = FoundLayer(layer, None if inside else one_graph.get(name, layer.module))
+            path, _, last = name.rpartition(".")
+            wrapper = (modules[path], last) if path else None
+            layers[name] = FoundLayer(module, None if inside else one_graph.get(name, module), wrapper)
     return layers
 
 

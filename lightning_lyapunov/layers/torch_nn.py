@@ -54,7 +54,7 @@ class StackedLayer(RecurrentLayer):
             elif self.module.batch_first:
                 inputs = inputs.transpose(0, 1)
         time, batch, _ = inputs.shape
-        lengths = torch.full((batch,), time) if lengths is None else lengths.detach().cpu().long()
+        lengths = torch.full((batch,), time, device="cpu") if lengths is None else lengths.detach().cpu().long()
         return Sequences(inputs, self._read_state(state, batch if batched else None, inputs.device), lengths)
 
     def _read_state(self, state: Any, batch: int | None, device: torch.device) -> Tensor:
@@ -79,20 +79,54 @@ class StackedLayer(RecurrentLayer):
         batch = None if unbatched else sequences.inputs.shape[1]
         return Call(sequences, self._read_state(output[1], batch, sequences.inputs.device))
 
+    def given_state(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what a call gave as the first state."""
+        return _by_name(self.module.forward, args, kwargs).get("hx")
+
     def drive(self, sequences: Sequences) -> Iterator[DrivenCell]:
         inputs = sequences.inputs.to(widest_dtype(sequences.inputs.device))
-        states = iter(sequences.states.to(inputs))
         for layer in range(self.module.num_layers):
-            outputs = []
-            for direction in self.directions:
-                name = f"l{layer}{direction}"
-                recurrence, state = _closed_form(self.module, self.module.mode, f"_{name}", inputs), next(states)
-                driving = _reversed_in_time(inputs, sequences.lengths) if direction else inputs
-                yield DrivenCell(name, recurrence, driving, state)
-                if layer + 1 < self.module.num_layers:
-                    output = recurrence.output(recurrence.trajectory(driving, state))
-                    outputs.append(_reversed_in_time(output, sequences.lengths) if direction else output)
-            inputs = torch.cat(outputs, -1) if outputs else inputs
+            cells = self._cells(layer, inputs, sequences)
+            yield from cells
+            if layer + 1 < self.module.num_layers:
+                inputs = self._outputs(cells, sequences.lengths)
+
+    def outputs(self, sequences: Sequences) -> Tensor:
+        """Return the outputs of the last layer, ``(time, batch, output)``; zeros after the end of a sequence."""
+        inputs = sequences.inputs.to(widest_dtype(sequences.inputs.device))
+        for layer in range(self.module.num_layers):
+            inputs = self._outputs(self._cells(layer, inputs, sequences), sequences.lengths)
+        return _without_padding(inputs, sequences.lengths)
+
+    def read_output(self, output: Any, lengths: Tensor) -> Tensor:
+        """Return what the module returned as :meth:`outputs` does."""
+        outputs = output[0] if isinstance(output, tuple) and not isinstance(output, PackedSequence) else output
+        if isinstance(outputs, PackedSequence):
+            outputs, _ = pad_packed_sequence(outputs)
+        elif outputs.ndim == 2:
+            outputs = outputs.unsqueeze(1)
+        elif self.module.batch_first:
+            outputs = outputs.transpose(0, 1)
+        return _without_padding(outputs, lengths)
+
+    def _cells(self, layer: int, inputs: Tensor, sequences: Sequences) -> list[DrivenCell]:
+        """Return the cells of a layer, one for each direction, driven by the layer below."""
+        cells = []
+        for direction, suffix in enumerate(self.directions):
+            name = f"l{layer}{suffix}"
+            state = sequences.states[layer * len(self.directions) + direction].to(inputs)
+            driving = _reversed_in_time(inputs, sequences.lengths) if suffix else inputs
+            cells.append(
+                DrivenCell(name, _closed_form(self.module, self.module.mode, f"_{name}", inputs), driving, state)
+            )
+        return cells
+
+    def _outputs(self, cells: list[DrivenCell], lengths: Tensor) -> Tensor:
+        outputs = []
+        for name, recurrence, inputs, state in cells:
+            output = recurrence.output(recurrence.trajectory(inputs, state))
+            outputs.append(_reversed_in_time(output, lengths) if name.endswith("_reverse") else output)
+        return torch.cat(outputs, -1)
 
 
 class CellLayer(RecurrentLayer):
@@ -124,7 +158,7 @@ class CellLayer(RecurrentLayer):
             state = torch.zeros(batch, self.state_sizes[0], dtype=self.dtype, device=inputs.device)
         else:
             state = _joined_state(state, [(batch, self.module.hidden_size)] * self.num_parts)
-        return Sequences(inputs, state.unsqueeze(0), torch.full((batch,), time))
+        return Sequences(inputs, state.unsqueeze(0), torch.full((batch,), time, device="cpu"))
 
     def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
         arguments = _by_name(self.module.forward, args, kwargs)
@@ -134,6 +168,20 @@ class CellLayer(RecurrentLayer):
             state, output = (_map_state(value, lambda part: part.unsqueeze(0)) for value in (state, output))
         empty, step = inputs.new_zeros(0, *inputs.shape), inputs.unsqueeze(0)
         return Call(self.read(step, state), self.read(empty, output).states)
+
+    def given_state(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what a call gave as the state."""
+        return _by_name(self.module.forward, args, kwargs).get("hx")
+
+    def outputs(self, sequences: Sequences) -> Tensor:
+        """Return the states after each step, ``(time, batch, state)``."""
+        (cell,) = self.drive(sequences)
+        return cell.recurrence.trajectory(cell.inputs, cell.state)
+
+    def read_output(self, output: Any, lengths: Tensor) -> Tensor:
+        """Return what the module returned as :meth:`outputs` does, of one step."""
+        states = torch.cat(tuple(output), -1) if isinstance(output, tuple) else output
+        return states.reshape(1, -1, states.shape[-1])
 
     def drive(self, sequences: Sequences) -> Iterator[DrivenCell]:
         inputs = sequences.inputs.to(widest_dtype(sequences.inputs.device))
@@ -199,6 +247,12 @@ def _map_state(state: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 def _reversed_in_time(values: Tensor, lengths: Tensor) -> Tensor:
     """Return ``values``, ``(time, batch, ...)``, with the steps of each sequence in reverse order."""
-    steps = torch.arange(len(values)).unsqueeze(-1)
+    steps = torch.arange(len(values), device="cpu").unsqueeze(-1)
     backwards = torch.where(steps < lengths, lengths - 1 - steps, steps).to(values.device)
     return values.gather(0, backwards.unsqueeze(-1).expand_as(values))
+
+
+def _without_padding(values: Tensor, lengths: Tensor) -> Tensor:
+    """Return ``values``, ``(time, batch, ...)``, with zeros after the end of each sequence."""
+    ended = torch.arange(len(values), device="cpu").unsqueeze(-1) >= lengths
+    return values.masked_fill(ended.to(values.device).unsqueeze(-1), 0)
