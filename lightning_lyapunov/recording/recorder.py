@@ -1,29 +1,114 @@
-"""Take from a training step, as it passes by, the sequences that recurrent layers are called with."""
+"""Record what recurrent layers of a running model are called with and what they return, as it passes by."""
 
-from collections.abc import Mapping
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
-from lightning_lyapunov.layers.base import Call, Sequences
+from lightning_lyapunov.layers.copies import aliased_copy, assign, has_made_weights, is_sharded, kept_tensors, same
 from lightning_lyapunov.layers.discovery import FoundLayer
+from lightning_lyapunov.layers.registry import registered
+from lightning_lyapunov.layers.sharding import full_tensor
+from lightning_lyapunov.layers.trees import Structure, flatten, unflatten
+from lightning_lyapunov.recording.graph import Ancestry
+from lightning_lyapunov.recording.replay import difference
+from lightning_lyapunov.recording.trimming import trim
 
-__all__ = ["Recorder", "join"]
+__all__ = ["RecordedCall", "RecordedCalls", "Recorder"]
+
+# Calls without end would fill the memory: recording stops after so many bytes of a layer, and the first call.
+_MAX_BYTES = 2**28
+
+
+@dataclass
+class RecordedCall:
+    """One call of a module: detached copies of its arguments and results.
+
+    Attributes:
+        arguments: the leaves of ``(args, kwargs)``.
+        argument_structure: their structure.
+        results: the leaves of what it returned.
+        result_structure: their structure.
+        kept_before: the tensors that the module keeps and this call replaced or wrote over, before it.
+        kept_after: the same after it.
+        derived: for each argument whether its graph reaches what an earlier call returned.
+        has_graph: whether the call was recorded with a graph, so that ``derived`` can be known.
+        stepped: the states after it by the step of a registered class, ``(batch, state)``.
+    """
+
+    arguments: list[Any]
+    argument_structure: Structure
+    results: list[Any] = field(default_factory=list)
+    result_structure: Structure = field(default_factory=lambda: Structure(None))
+    kept_before: dict[str, Any] = field(default_factory=dict)
+    kept_after: dict[str, Any] = field(default_factory=dict)
+    derived: list[bool] = field(default_factory=list)
+    has_graph: bool = False
+    stepped: Tensor | None = None
+
+    @property
+    def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as the module was called with them."""
+        args, kwargs = unflatten(self.argument_structure, self.arguments)
+        return args, kwargs
+
+    @property
+    def result(self) -> Any:
+        """What the module returned."""
+        return unflatten(self.result_structure, self.results)
+
+    def is_derived(self, part: Any) -> bool:
+        """Return whether a part of the arguments was computed from the results of an earlier call."""
+        leaves = flatten(part)[0]
+        pairs = zip(self.arguments, self.derived, strict=True)
+        return any(flag and any(leaf is other for other in leaves) for leaf, flag in pairs)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has no members or no steps."""
+        return any(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in (*self.arguments, *self.results))
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory of its tensors."""
+        leaves = flatten((self.arguments, self.results, self.kept_before, self.kept_after))[0]
+        return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
+
+
+@dataclass
+class RecordedCalls:
+    """The calls of one layer in one batch, in order.
+
+    Attributes:
+        calls: the calls.
+        mismatch: how a second run of a call differed from what the layer returned; None if none did.
+        wrapper: the module that makes the weights of the layer, the layer's name there, and its first call.
+        is_sharded: whether its weights are spread over processes; then no copy of it can be called.
+    """
+
+    calls: list[RecordedCall] = field(default_factory=list)
+    mismatch: str | None = None
+    wrapper: tuple[nn.Module, str, RecordedCall] | None = None
+    is_sharded: bool = False
 
 
 class Recorder:
     """Records what layers are called with between :meth:`start` and :meth:`stop`.
 
-    A hook on the layer sees what the user's ``forward`` passes on, after embeddings and encoders, without calling
-    anything of theirs. It copies a few members of the batch and leaves no trace. A call whose initial state is the
-    final state of another goes on with its sequences: so do cells in a loop, decoders and truncated backpropagation.
+    Two hooks on the layer see what the model's ``forward`` passes on, after embeddings and encoders. They copy
+    arguments and results. A copy of the layer that shares its weights then repeats the call, in the same mode, autocast
+    and random state, and its results are compared: what a call returned must follow from what was recorded. The layer,
+    the random states and the run itself stay as they were.
 
     Args:
         layers: the layers to record by name, as :func:`~lightning_lyapunov.layers.discovery.find_layers` returns them.
-        num_sequences: how many sequences to keep of a step, spread evenly over what the layer was called with.
-        max_steps: how many steps to keep of each, from its start.
+        num_sequences: the sequences of a batch that are needed; of a large batch of torch's layers no more are copied.
+        max_steps: the steps of a sequence that are needed; of torch's layers no more are copied.
 
     Attributes:
         recording: whether its hooks are on the layers.
@@ -33,62 +118,126 @@ class Recorder:
     def __init__(self, layers: Mapping[str, FoundLayer], num_sequences: int, max_steps: int) -> None:
         self._layers = layers
         self._num_sequences, self._max_steps = num_sequences, max_steps
-        self._chains: dict[str, list[_Chain]] = {}
+        self._watches: dict[str, _Watch] = {}
         self.errors: dict[str, Exception] = {}
         self.recording = False
 
     def start(self) -> None:
         """Forget what was recorded and record from now on."""
         self.stop()
-        self._chains, self.errors = {name: [] for name in self._layers}, {}
+        self._watches, self.errors = {}, {}
         self.recording = True
-        for name, (_, module) in self._layers.items():
-            if module is not None:
-                module.register_forward_hook(_Hook(self, name), with_kwargs=True)
+        for name, (module, target, wrapper) in self._layers.items():
+            self._watches[name] = _Watch(module, self._num_sequences, self._max_steps)
+            if wrapper is not None and has_made_weights(module):
+                wrapper[0].register_forward_pre_hook(_WrapperHook(self, name), with_kwargs=True)
+            if target is not None:
+                target.register_forward_pre_hook(_PreHook(self, name), with_kwargs=True)
+                target.register_forward_hook(_PostHook(self, name), with_kwargs=True)
 
     def stop(self) -> None:
         """Record no more; remove every hook."""
-        # They are looked for: of one that Ctrl-C cut short in the making, or in the removal, there is no handle.
-        for module in [module for _, module in self._layers.values() if module is not None]:
-            for number, hook in list(module._forward_hooks.items()):
-                if isinstance(hook, _Hook) and hook.recorder is self:
-                    module._forward_hooks_with_kwargs.pop(number, None)
-                    module._forward_hooks.pop(number, None)
+        # Search for our hooks: an interrupt may have prevented storing a handle.
+        wrappers = [found.wrapper[0] for found in self._layers.values() if found.wrapper is not None]
+        targets = [found.hook_target for found in self._layers.values() if found.hook_target is not None]
+        for target in (*targets, *wrappers):
+            for hooks, with_kwargs in (
+                (target._forward_pre_hooks, target._forward_pre_hooks_with_kwargs),
+                (target._forward_hooks, target._forward_hooks_with_kwargs),
+            ):
+                for number, hook in list(hooks.items()):
+                    if isinstance(hook, _Hook) and hook.recorder is self:
+                        with_kwargs.pop(number, None)
+                        hooks.pop(number, None)
         self.recording = False
 
-    def sequences(self) -> dict[str, Sequences]:
-        """Return what each layer was called with; a layer that was not called is not in it."""
-        recorded = {name: [chain.sequences() for chain in chains] for name, chains in self._chains.items()}
-        return {
-            name: _select(join(batches), self._num_sequences)
-            for name, batches in recorded.items()
-            if any(batch.lengths.sum() for batch in batches)
-        }
+    def take(self) -> dict[str, RecordedCalls]:
+        """Return the calls of each layer, and forget them; a layer that was not called is not in it."""
+        recorded = {name: watch.recorded for name, watch in self._watches.items() if watch.recorded.calls}
+        self._watches = {}
+        return recorded
 
-    def record(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Record one call of a layer."""
+    def before_wrapper(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record the first call of the module that makes the weights of a layer."""
+        recorded, wrapper = self._watches[name].recorded, self._layers[name].wrapper
+        if recorded.wrapper is None and wrapper is not None:
+            leaves, structure = flatten((args, kwargs))
+            recorded.wrapper = (*wrapper, RecordedCall([_copied(leaf) for leaf in leaves], structure))
+
+    def before(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record the arguments of a call."""
         try:
-            with torch.no_grad():
-                call = self._layers[name].layer.read_call(args, kwargs, output)
-                if call is not None:
-                    self._record(self._chains[name], call)
-        except Exception as error:  # the user's forward goes on; the callback says what happened
-            self.errors[name] = error
+            self._watches[name].before(args, kwargs)
+        except Exception as error:  # the model's forward goes on; the callback gives the warning
+            self.errors.setdefault(name, error)
 
-    def _record(self, chains: "list[_Chain]", call: Call) -> None:
-        sequences, final = call
-        batch = sequences.inputs.shape[1]
-        if batch == 0:
+    def after(self, name: str, output: Any) -> None:
+        """Record what the call returned, and repeat it."""
+        try:
+            if name not in self.errors:
+                self._watches[name].after(output)
+        except Exception as error:
+            self.errors.setdefault(name, error)
+
+
+class _Watch:
+    """The calls of one module as they come."""
+
+    def __init__(self, module: nn.Module, num_sequences: int, max_steps: int) -> None:
+        self._module, self._limits = module, (num_sequences, max_steps)
+        self.recorded = RecordedCalls(is_sharded=is_sharded(module))
+        self._num_bytes = 0
+        self._ancestry = Ancestry()
+        self._registered = registered(module)
+        self._copy: nn.Module | None = None
+        self._pending: tuple[RecordedCall, dict[str, Any], _RandomStates] | None = None
+
+    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._pending = None
+        if self.recorded.calls and self._num_bytes > _MAX_BYTES:
             return
-        sequences = _select(sequences, self._num_sequences)
-        if final is not None:
-            final = final[:, _spread(batch, self._num_sequences)]
-        chain = next((chain for chain in reversed(chains) if chain.goes_on_with(sequences)), None)
-        if chain is not None:
-            chain.extend(sequences, final, self._max_steps)
-        # Calls without end that never go on from one another would fill the memory; what came first is enough.
-        elif len(chains) < 2 * self._num_sequences:
-            chains.append(_Chain(sequences, final, self._max_steps))
+        leaves, structure = flatten((args, kwargs))
+        derived = [isinstance(leaf, Tensor) and self._ancestry.reaches(leaf) for leaf in leaves]
+        call = RecordedCall([_copied(leaf) for leaf in leaves], structure, derived=derived)
+        call.has_graph = torch.is_grad_enabled()
+        self._pending = call, kept_tensors(self._module), _RandomStates(self._module)
+
+    def after(self, output: Any) -> None:
+        if self._pending is None:
+            return
+        (call, kept, random_states), self._pending = self._pending, None
+        leaves, call.result_structure = flatten(output)
+        self._ancestry.add(leaves)
+        call.results = [_copied(leaf) for leaf in leaves]
+        now = kept_tensors(self._module)
+        changed = [name for name in now if name not in kept or not same(now[name], kept[name])]
+        call.kept_after = {name: now[name] for name in changed}
+        call.kept_before = {name: kept[name] for name in changed if name in kept}
+        drew = random_states.have_moved()
+        is_whole = not trim(self._module, call, *self._limits)
+        self._num_bytes += call.num_bytes
+        self.recorded.calls.append(call)
+        if self.recorded.mismatch is None and (is_whole or not drew):
+            self.recorded.mismatch = self._repeat(call, random_states)
+
+    def _repeat(self, call: RecordedCall, random_states: "_RandomStates") -> str | None:
+        """Run the call again on a copy that shares the weights; return how its results differ, None if they do not."""
+        if self._copy is None:
+            self._copy = aliased_copy(self._module)
+        if self._copy is None:  # weights that are spread over processes
+            return None
+        with torch.no_grad(), random_states.again():
+            for name, value in call.kept_before.items():
+                assign(self._copy, name, _copied_nested(value))
+            args, kwargs = unflatten(call.argument_structure, [_copied(leaf) for leaf in call.arguments])
+            leaves, structure = flatten(self._copy(*args, **kwargs))
+            if self._registered is not None:
+                sequences = self._registered.read_call(*call.call, call.result)
+                if sequences is not None:
+                    call.stepped = self._registered.after(self._copy, sequences.sequences)
+        if structure != call.result_structure:
+            return "it returned another structure when it was called again"
+        return difference(leaves, call.results)
 
 
 class _Hook:
@@ -97,68 +246,78 @@ class _Hook:
     def __init__(self, recorder: Recorder | None = None, name: str = "") -> None:
         self.recorder, self._name = recorder, name
 
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+
+class _PreHook(_Hook):
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.recorder is not None:
+            self.recorder.before(self._name, args, kwargs)
+
+
+class _WrapperHook(_Hook):
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.recorder is not None:
+            self.recorder.before_wrapper(self._name, args, kwargs)
+
+
+class _PostHook(_Hook):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.recorder is not None:
-            self.recorder.record(self._name, args, kwargs, output)
-
-    def __reduce__(self) -> Any:
-        return _Hook, ()
+            self.recorder.after(self._name, output)
 
 
-class _Chain:
-    """Calls that go on from one another: a sequence for each member of the batch."""
-
-    def __init__(self, sequences: Sequences, final: Tensor | None, max_steps: int) -> None:
-        self._states = sequences.states
-        self._pieces: list[tuple[Tensor, Tensor]] = []
-        self._steps = 0
-        self.extend(sequences, final, max_steps)
-
-    def goes_on_with(self, sequences: Sequences) -> bool:
-        """Return whether these start in the states that the chain ended in."""
-        return self._final is not None and torch.equal(self._final, sequences.states.to(self._final))
-
-    def extend(self, sequences: Sequences, final: Tensor | None, max_steps: int) -> None:
-        remaining = max_steps - self._steps
-        if remaining > 0:
-            inputs, lengths = sequences.inputs[:remaining], sequences.lengths.clamp(max=remaining)
-            self._pieces.append((inputs.clone(), lengths))
-            self._steps += len(inputs)
-        self._final = final
-
-    def sequences(self) -> Sequences:
-        lengths = torch.stack([lengths for _, lengths in self._pieces]).sum(0)
-        if all((piece_lengths == len(inputs)).all() for inputs, piece_lengths in self._pieces):
-            return Sequences(torch.cat([inputs for inputs, _ in self._pieces]), self._states, lengths)
-        members = [
-            torch.cat([inputs[: piece_lengths[member], member] for inputs, piece_lengths in self._pieces])
-            for member in range(len(lengths))
-        ]
-        return Sequences(pad_sequence(members), self._states, lengths)
+def _copied(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    leaf = full_tensor(leaf)
+    with torch.inference_mode(False), torch.no_grad():
+        return leaf.detach().clone()
 
 
-def join(batches: list[Sequences]) -> Sequences:
-    """Return the sequences of several batches as one, the shorter ones padded."""
-    longest = max(len(batch.inputs) for batch in batches)
-
-    def padded(inputs: Tensor) -> Tensor:
-        return torch.cat((inputs, inputs.new_zeros(longest - len(inputs), *inputs.shape[1:])))
-
-    return Sequences(
-        torch.cat([padded(batch.inputs) for batch in batches], 1),
-        torch.cat([batch.states for batch in batches], 1),
-        torch.cat([batch.lengths for batch in batches]),
-    )
+def _copied_nested(value: Any) -> Any:
+    leaves, structure = flatten(value)
+    return unflatten(structure, [_copied(leaf) for leaf in leaves])
 
 
-def _select(sequences: Sequences, count: int) -> Sequences:
-    """Return a copy of at most ``count`` members of a batch."""
-    members = _spread(len(sequences.lengths), count)
-    return Sequences(sequences.inputs[:, members], sequences.states[:, members], sequences.lengths[members])
+class _RandomStates:
+    """The random states of torch, Python and numpy before a call.
 
+    Args:
+        module: the generator of its device is kept, too, if its device is a GPU.
+    """
 
-def _spread(batch: int, count: int) -> list[int]:
-    """Return up to ``count`` indices spread evenly over ``batch``."""
-    count = min(batch, count)
-    return [member * batch // count for member in range(count)]
+    def __init__(self, module: nn.Module) -> None:
+        devices = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
+        self._devices = sorted(devices, key=str)
+        self._states = self._read()
+
+    def _read(self) -> tuple[Any, ...]:
+        cuda = [torch.cuda.get_rng_state(device) for device in self._devices]
+        return torch.get_rng_state(), random.getstate(), np.random.get_state(), *cuda
+
+    def _write(self, states: tuple[Any, ...]) -> None:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+        for device, state in zip(self._devices, states[3:], strict=True):
+            torch.cuda.set_rng_state(state, device)
+
+    def have_moved(self) -> bool:
+        """Return whether random numbers of torch were drawn since."""
+        now = self._read()
+        return any(not torch.equal(now[i], self._states[i]) for i in (0, *range(3, len(now))))
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Draw the numbers from here on again, and leave the states as they are now."""
+        now = self._read()
+        try:
+            self._write(self._states)
+            yield
+        finally:
+            self._write(now)

@@ -1,0 +1,252 @@
+"""Calls that go on from one another are one sequence, for each member of a batch by itself."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from lightning_lyapunov.layers.base import Sequences
+
+__all__ = ["Segment", "StateChangedError", "join"]
+
+
+class StateChangedError(ValueError):
+    """The state that a call is given was computed from what an earlier one returned, and is another."""
+
+
+class Segment(NamedTuple):
+    """One call as a stretch of sequences.
+
+    Attributes:
+        inputs: ``(time, batch, ...)``; None for a call that only tells where others go on from.
+        states: the states before it, ``(cells, batch, state)``; None where they are not known.
+        lengths: the steps of each member, ``(batch,)``, on the CPU.
+        final: the states after it, as ``states``; None where they are not known.
+        derived: whether its states were computed from the results of an earlier call; None if nobody can tell.
+    """
+
+    inputs: Tensor | None
+    states: Tensor | None
+    lengths: Tensor | None
+    final: Tensor | None
+    derived: bool | None = False
+
+
+@dataclass
+class _Track:
+    """A sequence of one member: the segments and rows that it passes through, and the states at its last one."""
+
+    member: int
+    first_state: Tensor
+    first_key: bytes
+    argument: bytes = b""
+    end: bytes | None = None
+    paused: bool = False
+    pieces: list[tuple[int, int]] = field(default_factory=list)
+
+
+def join(segments: list[Segment], num_sequences: int, max_steps: int) -> Sequences | None:
+    """Return the sequences that calls in order are, the longest of them, evenly spread where they are equally long.
+
+    None if there is no step.
+
+    A member of a call goes on from the member of an earlier call whose final state it is given, in whatever place of
+    the batch. One that is given the state before that call again was paused there: the call counts for nothing. One
+    that is given a first state again starts anew. Sequences with the same inputs and first state count once.
+
+    Args:
+        segments: the calls.
+        num_sequences: the most sequences to return.
+        max_steps: the most steps of each.
+
+    Raises:
+        StateChangedError: if a member is given a state that was computed from an earlier result, and is none of these.
+    """
+    builder = _Builder(segments)
+    for index in range(len(segments)):
+        builder.add(index)
+    for track in builder.tracks:
+        if track.paused:  # it was held up to its last call, which shows no longer whether it was held there
+            track.pieces.pop()
+    sequences = [_sequence(track, segments, max_steps) for track in builder.tracks if track.pieces]
+    sequences = _of_same_data(_distinct([sequence for sequence in sequences if len(sequence.inputs)]))
+    return _padded(_longest(sequences, num_sequences)) if sequences else None
+
+
+class _Builder:
+    """Follows the members of a batch from call to call."""
+
+    def __init__(self, segments: list[Segment]) -> None:
+        self._segments = segments
+        self.tracks: list[_Track] = []
+        # Open sequences by the state that they ended in, and by the one before their last call.
+        self._by_end: dict[bytes, dict[int, _Track]] = {}
+        self._by_argument: dict[bytes, dict[int, _Track]] = {}
+        self._first_keys: set[bytes] = set()
+        # States that calls ended in and that nothing open ends in: of calls that are no stretch, and of branches.
+        self._closed_ends: set[bytes] = set()
+        # Which member each row of a batch held last, by the size of the batch.
+        self._holders: dict[int, dict[int, int]] = {}
+        self._num_members = 0
+
+    def add(self, index: int) -> None:
+        """Add a call."""
+        segment = self._segments[index]
+        after = None if segment.final is None else _keys(segment.final)
+        if segment.inputs is None or segment.states is None:
+            self._closed_ends |= set(after or ())
+            return
+        before = _keys(segment.states)
+        found = [self._continued(row, key) for row, key in enumerate(before)]
+        anew = not any(found)
+        holders = self._holders.setdefault(len(before), {})
+        if anew:
+            holders.clear()
+        for row, (key, track) in enumerate(zip(before, found, strict=True)):
+            if track is None:
+                if not self._may_start(segment, key, anew):
+                    raise StateChangedError
+                track = _Track(holders.setdefault(row, self._num_members), segment.states[:, row], key)
+                self._num_members = max(self._num_members, track.member + 1)
+                self.tracks.append(track)
+            holders[row] = track.member
+            track.pieces.append((index, row))
+            track.argument, track.end = key, None if after is None else after[row]
+        for track in {id(track): track for track in self.tracks if track.pieces[-1][0] == index}.values():
+            self._by_argument.setdefault(track.argument, {})[id(track)] = track
+            if track.end is not None:
+                self._by_end.setdefault(track.end, {})[id(track)] = track
+        if anew:
+            self._first_keys |= set(before)
+
+    def _continued(self, row: int, key: bytes) -> "_Track | None":
+        """Return the sequence that goes on with a state, and close it; None if there is none."""
+        track = _latest(self._by_end.get(key, {}), row)
+        if track is None:
+            paused = {
+                number: track for number, track in self._by_argument.get(key, {}).items() if self._is_one_step(track)
+            }
+            if (track := _latest(paused, row)) is not None:
+                track.pieces.pop()
+                track.paused = True
+            else:
+                return None
+        else:
+            track.paused = False
+        if track is not None:
+            self._by_argument[track.argument].pop(id(track), None)
+            if track.end is not None:
+                self._by_end[track.end].pop(id(track), None)
+                self._closed_ends.add(track.end)
+        return track
+
+    def _is_one_step(self, track: _Track) -> bool:
+        inputs = self._segments[track.pieces[-1][0]].inputs
+        return inputs is not None and len(inputs) == 1
+
+    def _may_start(self, segment: Segment, key: bytes, anew: bool) -> bool:
+        """Return whether a sequence may start in a state that no earlier one ended in."""
+        if not self.tracks or key in self._first_keys or key in self._closed_ends or segment.derived is False:
+            return True
+        # Without a graph only a new call of many steps is taken for new sequences.
+        return segment.derived is None and anew and segment.inputs is not None and len(segment.inputs) > 1
+
+
+def _latest(tracks: dict[int, _Track], row: int) -> "_Track | None":
+    """Return the sequence that was called last, preferably in the same row."""
+    if not tracks:
+        return None
+    latest = max(track.pieces[-1][0] for track in tracks.values())
+    last = [track for track in tracks.values() if track.pieces[-1][0] == latest]
+    return next((track for track in last if track.pieces[-1][1] == row), last[0])
+
+
+def _keys(states: Tensor) -> list[bytes]:
+    """Return the states of each member as bytes. Adding zero makes one of both zeros."""
+    rows = states.detach().double().add(0.0).movedim(1, 0).flatten(1).cpu().contiguous().numpy()
+    return [row.tobytes() for row in rows]
+
+
+class _Sequence(NamedTuple):
+    start: int
+    row: int
+    member: int
+    inputs: Tensor
+    states: Tensor
+    key: bytes
+
+
+def _sequence(track: _Track, segments: list[Segment], max_steps: int) -> _Sequence:
+    pieces, remaining = [], max_steps
+    for index, row in track.pieces:
+        segment = segments[index]
+        assert segment.inputs is not None
+        assert segment.lengths is not None
+        steps = min(remaining, int(segment.lengths[row]))
+        pieces.append(segment.inputs[:steps, row])
+        remaining -= steps
+        if remaining == 0:
+            break
+    return _Sequence(*track.pieces[0], track.member, torch.cat(pieces), track.first_state, track.first_key)
+
+
+def _distinct(sequences: list[_Sequence]) -> list[_Sequence]:
+    """Return the sequences without those whose inputs and first state have come before."""
+    seen, distinct = set(), []
+    for sequence in sequences:
+        key = sequence.key, sequence.inputs.detach().double().cpu().contiguous().numpy().tobytes()
+        if key not in seen:
+            seen.add(key)
+            distinct.append(sequence)
+    return distinct
+
+
+def _of_same_data(sequences: list[_Sequence]) -> list[_Sequence]:
+    """Let sequences be of one member that have the same inputs, perhaps with other dropout or noise.
+
+    Several passes over one batch (R-Drop, SAM, the closure of LBFGS) are no more data than one. Independent inputs,
+    less their mean, are apart by 0.71 times the sum of their sizes; the same with dropout of a half on both, by 0.5.
+    """
+    by_row: dict[tuple[int, torch.Size], list[_Sequence]] = {}
+    members: dict[int, int] = {}
+    for sequence in sequences:
+        others = by_row.setdefault((sequence.row, sequence.inputs.shape), [])
+        for other in others:
+            if other.start != sequence.start and _is_same(sequence.inputs, other.inputs):
+                members.setdefault(sequence.member, members.get(other.member, other.member))
+        others.append(sequence)
+    return [sequence._replace(member=members.get(sequence.member, sequence.member)) for sequence in sequences]
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    one, other = (inputs.double() - inputs.double().mean(0) for inputs in (one, other))
+    return bool((one - other).norm() < 0.6 * (one.norm() + other.norm()))
+
+
+def _longest(sequences: list[_Sequence], count: int) -> list[_Sequence]:
+    """Return the longest sequences, in order; of those as long as the shortest of them, evenly spread ones."""
+    if len(sequences) <= count:
+        return sequences
+    lengths = [len(sequence.inputs) for sequence in sequences]
+    shortest = sorted(lengths, reverse=True)[count - 1]
+    longer = [index for index, length in enumerate(lengths) if length > shortest]
+    equal = [index for index, length in enumerate(lengths) if length == shortest]
+    chosen = sorted(longer + [equal[index] for index in spread(len(equal), count - len(longer))])
+    return [sequences[index] for index in chosen]
+
+
+def spread(total: int, count: int) -> list[int]:
+    """Return up to ``count`` indices spread evenly over ``total``."""
+    count = min(total, count)
+    return [index * total // count for index in range(count)]
+
+
+def _padded(sequences: list[_Sequence]) -> Sequences:
+    return Sequences(
+        pad_sequence([sequence.inputs for sequence in sequences]),
+        torch.stack([sequence.states for sequence in sequences], 1),
+        torch.tensor([len(sequence.inputs) for sequence in sequences], device="cpu"),
+        torch.tensor([sequence.member for sequence in sequences], device="cpu"),
+    )
