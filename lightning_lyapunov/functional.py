@@ -1,19 +1,23 @@
 """The Lyapunov spectrum and the Jacobians of a recurrent module or a callable, without Lightning."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lyapunov.kernel.autodiff import AutodiffRecurrence
+from lightning_lyapunov.kernel.precision import plain_arithmetic
 from lightning_lyapunov.kernel.propagation import EXPONENT_FLOOR, Growth, log_growth
 from lightning_lyapunov.layers.base import DrivenCell, RecurrentLayer, Sequences
-from lightning_lyapunov.layers.custom import CallableLayer
-from lightning_lyapunov.layers.registry import as_layer
+from lightning_lyapunov.layers.copies import frozen_copy
+from lightning_lyapunov.layers.custom import CallableLayer, CustomLayer
+from lightning_lyapunov.layers.registry import as_layer, has_own_forward
 from lightning_lyapunov.layers.sharding import gathered
+from lightning_lyapunov.layers.torch_nn import CellLayer, StackedLayer
+from lightning_lyapunov.recording.cells import NotFollowedError
+from lightning_lyapunov.recording.reading import check_closed_form
 
 __all__ = ["jacobians", "layer_growth", "lyapunov_spectrum", "working_dtype"]
 
@@ -78,7 +82,8 @@ def lyapunov_spectrum(
         tensor([[0., 0.]], dtype=torch.float64)
     """
     layer = _layer(dynamics)
-    with _no_grad_no_autocast(), gathered(layer.module):
+    with plain_arithmetic(), gathered(layer.module):
+        layer = _checked(layer, inputs, state)
         sequences, dtype = _read(layer, inputs, state, dtype)
         count = _check_options(layer, sequences, num_exponents, warmup, qr_interval)
         growths = [
@@ -118,7 +123,7 @@ def layer_growth(
             segments=segments,
         )
 
-    with _no_grad_no_autocast():
+    with plain_arithmetic():
         return [(driven.name, growth(driven)) for driven in layer.drive(sequences)]
 
 
@@ -150,7 +155,8 @@ def jacobians(
         raise ValueError(
             "`dynamics` is bidirectional: its two directions share no step. Pass each direction by itself."
         )
-    with _no_grad_no_autocast(), gathered(layer.module):
+    with plain_arithmetic(), gathered(layer.module):
+        layer = _checked(layer, inputs, state)
         sequences, _ = _read(layer, inputs, state, None)
         cells = list(layer.drive(sequences))
 
@@ -171,24 +177,17 @@ def jacobians(
         except (RuntimeError, NotImplementedError, ValueError):
             # A part of the step has no batching rule: step by step, in whatever way works.
             plain = AutodiffRecurrence(step, before.shape[-1])
-            identity = torch.eye(before.shape[-1]).to(before).expand(before.shape[1], -1, -1)
+            identity = torch.eye(before.shape[-1], dtype=before.dtype, device=before.device).expand(
+                before.shape[1], -1, -1
+            )
             matrices = torch.stack(
                 [
                     plain.push_forward((state.unsqueeze(0), step_inputs.unsqueeze(0)), identity)
                     for state, step_inputs in zip(before, cells[0].inputs, strict=True)
                 ]
             )
-        ended = torch.arange(len(matrices)).unsqueeze(-1) >= sequences.lengths
+        ended = torch.arange(len(matrices), device="cpu").unsqueeze(-1) >= sequences.lengths
         return matrices.masked_fill(ended.to(matrices.device)[..., None, None], torch.nan)
-
-
-@contextmanager
-def _no_grad_no_autocast() -> Iterator[None]:
-    """Compute without gradients and in the dtypes that are asked for, whatever is set around the call."""
-    with torch.no_grad(), ExitStack() as stack:
-        for device in filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps")):
-            stack.enter_context(torch.autocast(device, enabled=False))
-        yield
 
 
 def working_dtype(layer: RecurrentLayer, sequences: Sequences, dtype: torch.dtype | None) -> torch.dtype:
@@ -205,6 +204,24 @@ def _layer(dynamics: nn.Module | Callable[[Tensor, Tensor], Tensor]) -> Recurren
         return as_layer(dynamics)
     except TypeError as error:
         raise TypeError(f"`dynamics` cannot be followed. {error}") from error
+
+
+def _checked(layer: RecurrentLayer, inputs: Any, state: Any) -> RecurrentLayer:
+    """Return the layer to follow: torch's formulas only where they give what the module's own forward gives."""
+    if not isinstance(layer, CellLayer | StackedLayer) or not has_own_forward(layer.module):
+        return layer
+    if isinstance(layer, CellLayer):
+        return CustomLayer(layer.module)
+    frozen = frozen_copy(layer.module, layer.dtype)
+    arguments = (inputs,) if state is None else (inputs, state)
+    try:
+        check_closed_form(layer, arguments, {}, frozen(*arguments))
+    except NotFollowedError as error:
+        raise ValueError(
+            f"`dynamics` cannot be followed: the forward of {type(layer.module).__name__} is not torch's ({error}). "
+            "Register it: `register_layer(cls, step=..., read_call=...)`."
+        ) from error
+    return layer
 
 
 def _read(layer: RecurrentLayer, inputs: Any, state: Any, dtype: torch.dtype | None) -> tuple[Sequences, torch.dtype]:

@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lyapunov.callbacks.overhead import Overhead
 from lightning_lyapunov.callbacks.warn_once import WarnOnce
 from lightning_lyapunov.functional import layer_growth, working_dtype
 from lightning_lyapunov.kernel.propagation import Growth
 from lightning_lyapunov.layers.base import RecurrentLayer, Sequences
-from lightning_lyapunov.layers.custom import CustomLayer
 from lightning_lyapunov.layers.discovery import FoundLayer
 from lightning_lyapunov.layers.sharding import gathered
 from lightning_lyapunov.metrics import LyapunovSummary
+from lightning_lyapunov.recording.cells import NotFollowedError
+from lightning_lyapunov.recording.reading import Followed, follow
+from lightning_lyapunov.recording.recorder import RecordedCalls
 
 __all__ = ["CellMetrics", "Measurement", "Options"]
 
@@ -33,6 +35,8 @@ _SEGMENTS = 8
 class Options:
     """How to measure: see the arguments of :class:`~lightning_lyapunov.LyapunovMonitor`."""
 
+    num_sequences: int = 16
+    max_steps: int = 100
     num_exponents: int | None = 16
     warmup: int | None = None
     qr_interval: int | Literal["auto"] = "auto"
@@ -42,9 +46,10 @@ class Options:
 
 @dataclass(frozen=True)
 class _Measured:
-    """This rank has measured the layer: the growth of each of its cells."""
+    """This rank has measured the layer: the growth of each of its cells, and the sizes of their states."""
 
     growths: list[Growth]
+    state_sizes: tuple[int, ...]
 
 
 class _NotCalled:
@@ -73,70 +78,90 @@ class Measurement:
         growth_of: Callable[..., list[tuple[str, Growth]]] = layer_growth,
     ) -> None:
         self._layers, self._options, self._warn, self._growth_of = layers, options, warn, growth_of
+        self._followed: dict[str, Followed] = {}
 
     def metrics(
-        self, sequences: Mapping[str, Sequences], errors: Mapping[str, Exception], strategy: Any, overhead: Overhead
+        self,
+        calls: Mapping[str, RecordedCalls] | None,
+        errors: Mapping[str, Exception],
+        strategy: Any,
+        overhead: Overhead,
     ) -> CellMetrics:
         """Return the metrics of every cell. Every rank must make this call.
 
         Args:
-            sequences: what each layer was called with on this rank.
+            calls: the recorded calls of each layer on this rank; None for the sequences of the last measurement.
             errors: what went wrong in recording, by the name of the layer.
             strategy: the trainer's strategy, which reduces over the ranks.
             overhead: times each layer.
         """
         cells: CellMetrics = {}
-        for name, (layer, _) in self._layers.items():
+        for name, found in self._layers.items():
             with overhead.layer(name):
-                outcome = self._outcome(name, layer, sequences.get(name), errors.get(name))
-                cells.update(self._reduce(name, layer, outcome, strategy))
+                outcome = self._outcome(
+                    name, found.module, None if calls is None else calls.get(name), errors.get(name), calls is None
+                )
+                cells.update(self._reduce(name, found, outcome, strategy))
         return cells
 
     def _reduce(
-        self, name: str, layer: RecurrentLayer, outcome: "_Measured | _NotCalled | _Failed", strategy: Any
+        self, name: str, layer: FoundLayer, outcome: "_Measured | _NotCalled | _Failed", strategy: Any
     ) -> CellMetrics:
         """Return the metrics of each cell of a layer. Every rank joins the reduction, even without samples."""
         measured, device = {}, strategy.root_device
         if isinstance(outcome, _Measured) and _is_replica(strategy):
             outcome = _NotCalled()
         for index, cell in enumerate(layer.cell_names):
-            count = self._num_exponents_of(layer, index, strategy)
+            count = self._num_exponents_of(layer, index, outcome, strategy)
             metrics = LyapunovSummary(count).to("cpu" if device.type == "mps" else device)
             metrics.update(*_samples(outcome, index, count))
             measured[f"{name}.{cell}" if len(layer.cell_names) > 1 else name] = metrics.compute()
         return measured
 
     def _outcome(
-        self, name: str, layer: RecurrentLayer, sequences: Sequences | None, error: Exception | None
+        self, name: str, module: nn.Module, calls: RecordedCalls | None, error: Exception | None, again: bool
     ) -> "_Measured | _NotCalled | _Failed":
         """Measure a layer on this rank."""
         try:
             # On every rank, whatever its batch held: gathering is collective.
-            with gathered(layer.module):
+            with gathered(module):
                 if error is not None:
                     raise error
-                if sequences is not None:
-                    return _Measured(self._local_growth(layer, sequences))
+                if again and name in self._followed:
+                    self._followed[name] = self._followed[name].again(module)
+                elif calls is not None:
+                    options = self._options
+                    followed = follow(module, calls, options.num_sequences, options.max_steps)
+                    if followed is None:
+                        return _NotCalled()
+                    self._followed[name] = followed
+                if again or calls is not None:
+                    return self._measured(*self._followed[name][:2]) if name in self._followed else _NotCalled()
         except Exception as error:
             if self._options.strict:
                 raise
+            what = str(error) if isinstance(error, NotFollowedError) else f"{type(error).__name__}: {error}"
             self._warn(
                 f"{name} could not be measured",
                 f"The Lyapunov spectrum of `{name}` could not be measured; its values are NaN and training goes on. "
-                f"{type(error).__name__}: {error} To raise this error, write `LyapunovMonitor(strict=True)`; for an "
-                "`EarlyStopping` to wait for a first value, `check_finite=False`.",
+                f"{what} To raise this error, write `LyapunovMonitor(strict=True)`.",
             )
             return _Failed()
-        self._warn(
-            f"{name} was not called",
-            f"The recurrent layer `{name}` was not called in a training step (or it is compiled with others as one "
-            "graph). Its last values are repeated.",
-        )
+        if any(parameter.grad is not None for parameter in module.parameters()):
+            message = (
+                f"The recurrent layer `{name}` was not called as a module in a training step, but its weights have "
+                "gradients: something calls its `forward`, or uses its weights, or it is compiled with others as one "
+                "graph. Call the module itself. Its last values are repeated."
+            )
+        else:
+            message = f"The recurrent layer `{name}` was not called in a training step. Its last values are repeated."
+        self._warn(f"{name} was not called", message)
         return _NotCalled()
 
-    def _local_growth(self, layer: RecurrentLayer, sequences: Sequences) -> list[Growth]:
-        longest = int(sequences.lengths.max())
-        warmup = min(_WARMUP if self._options.warmup is None else self._options.warmup, longest // 2)
+    def _measured(self, layer: RecurrentLayer, sequences: Sequences) -> _Measured:
+        warmup = sequences.lengths.div(2, rounding_mode="floor")
+        warmup = warmup.clamp(max=_WARMUP if self._options.warmup is None else self._options.warmup)
+        averaged = int((sequences.lengths - warmup).max())
         growths = self._growth_of(
             layer,
             sequences,
@@ -144,26 +169,38 @@ class Measurement:
             warmup=warmup,
             qr_interval=self._options.qr_interval,
             dtype=working_dtype(layer, sequences, self._options.dtype),
-            segments=min(_SEGMENTS, longest - warmup) if len(sequences.lengths) == 1 else 1,
+            segments=min(_SEGMENTS, averaged) if len(sequences.lengths) == 1 else 1,
         )
-        return [growth for _, growth in growths]
+        return _Measured([_of_members(growth, sequences.members) for _, growth in growths], layer.state_sizes)
 
-    def _num_exponents_of(self, layer: RecurrentLayer, index: int, strategy: Any) -> int:
+    def _num_exponents_of(self, found: FoundLayer, index: int, outcome: Any, strategy: Any) -> int:
         """Return how many exponents of a cell to compute, the same on every rank."""
-        size = layer.state_sizes[index]
-        if isinstance(layer, CustomLayer):
-            # Its size is known from its first call, and another rank may have seen that.
-            known = torch.tensor(float(size), device=strategy.root_device)
+        size = found.state_sizes[index]
+        if size == 0:
+            # It is known from its first call, and another rank may have seen that.
+            known = torch.tensor(
+                float(outcome.state_sizes[index] if isinstance(outcome, _Measured) else 0), device=strategy.root_device
+            )
             size = int(strategy.reduce(known, reduce_op="max")) or (self._options.num_exponents or 1)
         return size if self._options.num_exponents is None else min(self._options.num_exponents, size)
+
+
+def _of_members(growth: Growth, members: Tensor | None) -> Growth:
+    """Return the growth of each member of the batch over all of its sequences, which are not independent."""
+    if members is None or len(growth.steps) > 1 or len(members.unique()) in (1, len(members)):
+        return growth
+    _, index = members.to(growth.total.device).unique(return_inverse=True)
+    count = int(index.max()) + 1
+    total = growth.total.new_zeros(1, count, growth.total.shape[-1]).index_add(1, index, growth.total)
+    return Growth(total, growth.steps.new_zeros(1, count).index_add(1, index, growth.steps))
 
 
 def _samples(outcome: _Measured | _NotCalled | _Failed, index: int, count: int) -> tuple[Tensor, Tensor, int]:
     """Return exponents ``(samples, num_exponents)``, steps ``(samples,)`` and samples per sequence of one cell."""
     if isinstance(outcome, _Failed):
-        return torch.full((1, count), math.nan), torch.full((1,), math.nan), 1
+        return torch.full((1, count), math.nan, device="cpu"), torch.full((1,), math.nan, device="cpu"), 1
     if isinstance(outcome, _NotCalled):
-        return torch.empty(0, count), torch.empty(0), 1
+        return torch.empty(0, count, device="cpu"), torch.empty(0, device="cpu"), 1
     total, steps = outcome.growths[index]
     return (total / steps.unsqueeze(-1)).flatten(0, 1), steps.flatten(), len(steps)
 

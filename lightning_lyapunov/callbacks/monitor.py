@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,6 @@ from lightning_lyapunov.callbacks.publish import Estimate, Publisher, logger_ste
 from lightning_lyapunov.callbacks.schedule import Progress, Schedule
 from lightning_lyapunov.callbacks.warn_once import WarnOnce
 from lightning_lyapunov.functional import layer_growth
-from lightning_lyapunov.layers.base import Sequences
 from lightning_lyapunov.layers.discovery import find_layers
 from lightning_lyapunov.recording.recorder import Recorder
 from lightning_lyapunov.reporting.figure import spectrum_figure
@@ -146,7 +145,6 @@ class LyapunovMonitor(AnyCallback):  # type: ignore[misc]
         if self._run and self._run.recorder.recording:
             self._run.recorder.stop()
             if self._run.schedule.measure_batch(_progress(trainer)):
-                self._run.sequences = self._run.recorder.sequences()
                 self._measure(trainer, self._run, logger_step(trainer))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -154,7 +152,7 @@ class LyapunovMonitor(AnyCallback):  # type: ignore[misc]
             self._run.recorder.stop()
             if self._run.schedule.measure_epoch(_progress(trainer)):
                 # No batch was recorded for it: the sequences of the last measurement serve again.
-                self._measure(trainer, self._run, logger_step(trainer, epoch_ended=True))
+                self._measure(trainer, self._run, logger_step(trainer, epoch_ended=True), again=True)
 
     # `trainer.validate` and `trainer.test`: once, at the first batch.
 
@@ -172,7 +170,6 @@ class LyapunovMonitor(AnyCallback):  # type: ignore[misc]
     def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.state.fn != "fit" and self._run and self._run.recorder.recording:
             self._run.recorder.stop()
-            self._run.sequences = self._run.recorder.sequences()
             self._measure(trainer, self._run, logger_step(trainer))
 
     on_test_batch_start = on_validation_batch_start
@@ -185,16 +182,14 @@ class LyapunovMonitor(AnyCallback):  # type: ignore[misc]
         self._end_run()
 
     def _start_run(self, trainer: Any, pl_module: Any) -> None:
-        layers, overhead, warn = (
-            find_layers(pl_module, self.modules),
-            Overhead(trainer.strategy.root_device),
-            WarnOnce(),
-        )
-        options = Options(self.num_exponents, self.warmup, self.qr_interval, self.dtype, self.strict)
+        layers, warn = find_layers(pl_module, self.modules), WarnOnce()
+        overhead = Overhead(trainer.strategy.root_device)
+        limits = self.num_sequences, self.max_steps
+        options = Options(*limits, self.num_exponents, self.warmup, self.qr_interval, self.dtype, self.strict)
         schedule = (self.every_n_epochs, self.every_n_train_steps, self.max_overhead)
         logged = {"log_spectrum": self.log_spectrum, "log_band": self.log_band, "strict": self.strict}
         self._run = _Run(
-            recorder=Recorder(layers, self.num_sequences, self.max_steps),
+            recorder=Recorder(layers, *limits),
             schedule=Schedule(*schedule, overhead, trainer.strategy.broadcast),
             measurement=Measurement(layers, options, warn, self.growth_of),
             publisher=Publisher(self._history, warn, **logged),
@@ -207,10 +202,11 @@ class LyapunovMonitor(AnyCallback):  # type: ignore[misc]
             self._run.recorder.stop()
         self._run = None
 
-    def _measure(self, trainer: Any, run: "_Run", step: int) -> None:
+    def _measure(self, trainer: Any, run: "_Run", step: int, *, again: bool = False) -> None:
         run.schedule.measured(trainer.global_step)
         with run.overhead.measurement():
-            cells = run.measurement.metrics(run.sequences, run.recorder.errors, trainer.strategy, run.overhead)
+            calls = None if again else run.recorder.take()
+            cells = run.measurement.metrics(calls, run.recorder.errors, trainer.strategy, run.overhead)
             run.publisher.publish(trainer, cells, step)
         self.estimates = run.publisher.estimates
         if self.max_overhead is None and trainer.is_global_zero and (message := run.overhead.warning_message()):
@@ -296,7 +292,6 @@ class _Run:
     publisher: Publisher
     overhead: Overhead
     warn: WarnOnce
-    sequences: dict[str, Sequences] = field(default_factory=dict)
 
 
 def _progress(trainer: Any) -> Progress:

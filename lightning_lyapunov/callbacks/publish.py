@@ -24,6 +24,8 @@ _LOGGED = (
     "log10_gradient_gain",
     "memory_steps",
     "share_near_zero",
+    "num_sequences",
+    "num_steps",
 )
 
 
@@ -95,11 +97,17 @@ class Publisher:
         worst = max(self._measured.values(), key=lambda e: (math.isnan(e.value), e.value), default=None)
         self.estimates = dict(self._measured) if worst is None else {**self._measured, "lyapunov/max": worst}
         overall = {
-            "max": math.nan if worst is None else worst.value,
+            # Not NaN where a network is not finite: a rule with a threshold finds infinity, and NaN means not measured.
+            "max": math.nan if worst is None else math.inf if math.isnan(worst.value) else worst.value,
             "max_stderr": math.nan if worst is None else worst.stderr,
             "worst_layer": math.nan if worst is None else list(cells).index(worst.layer),
         }
-        scalars.update({f"lyapunov/{name}": torch.tensor(number) for name, number in overall.items()})
+        scalars.update(
+            {
+                f"lyapunov/{name}": torch.tensor(number, dtype=torch.float32, device="cpu")
+                for name, number in overall.items()
+            }
+        )
 
         device = trainer.strategy.root_device
         trainer.callback_metrics.update({key: value.float().to(device) for key, value in scalars.items()})

@@ -99,7 +99,7 @@ class _Cell:
     def tensors(self) -> dict[str, Tensor]:
         steps, spectra, errors = zip(*self.kept, strict=True)
         return {
-            "step": torch.tensor(steps),
+            "step": torch.tensor(steps, device="cpu"),
             "spectrum": pad_sequence(list(spectra), batch_first=True, padding_value=math.nan),
             "stderr": pad_sequence(list(errors), batch_first=True, padding_value=math.nan),
         }
