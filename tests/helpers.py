@@ -17,6 +17,7 @@ from lightning_lyapunov.kernel.propagation import Growth
 from lightning_lyapunov.layers.base import Sequences
 from lightning_lyapunov.layers.discovery import FoundLayer
 from lightning_lyapunov.layers.registry import as_layer
+from lightning_lyapunov.recording.reading import follow
 from lightning_lyapunov.recording.recorder import Recorder
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +83,14 @@ def linear_spectrum(matrix: Tensor, steps: int, **options: Any) -> Tensor:
 
 def make_recorder(module: nn.Module, num_sequences: int = 16, max_steps: int = 100) -> Recorder:
     """Return a recorder of one layer, by the name ``"layer"``."""
-    return Recorder({"layer": FoundLayer(as_layer(module), module)}, num_sequences, max_steps)
+    return Recorder({"layer": FoundLayer(module, module)}, num_sequences, max_steps)
+
+
+def sequences_of(recorder: Recorder) -> dict[str, Sequences]:
+    """Return the sequences of each recorded layer, after the checks."""
+    limits = recorder._num_sequences, recorder._max_steps
+    followed = {name: follow(recorder._layers[name].module, calls, *limits) for name, calls in recorder.take().items()}
+    return {name: one.sequences for name, one in followed.items() if one is not None}
 
 
 def growth_of(module: nn.Module, sequences: Sequences, num_exponents: int | None = None) -> list[Growth]:
@@ -401,6 +409,8 @@ _NUMBERS = (
     "log10_gradient_gain",
     "memory_steps",
     "share_near_zero",
+    "num_sequences",
+    "num_steps",
 )
 
 

@@ -13,7 +13,8 @@ from helpers import keys_of, make_trainer, published, regressor, series, steps_o
 from torch.testing import assert_close
 
 from lightning_lyapunov import LyapunovMonitor, lyapunov_spectrum
-from lightning_lyapunov.recording.recorder import Recorder
+from lightning_lyapunov.callbacks import measurement
+from lightning_lyapunov.recording.reading import follow
 
 pytestmark = pytest.mark.slow
 
@@ -220,13 +221,19 @@ def test_a_forecasting_models_value_is_that_of_encoder_and_decoder_by_hand(forec
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_forecasting_models_values_are_those_of_what_was_recorded(forecasting, dataset, monkeypatch):
-    recorded = []
-    original = Recorder.sequences
-    monkeypatch.setattr(Recorder, "sequences", lambda self: recorded.append(original(self)) or recorded[-1])
+    followed = {}
+
+    def follow_and_keep(module, *limits):
+        followed[module] = follow(module, *limits)
+        return followed[module]
+
+    monkeypatch.setattr(measurement, "follow", follow_and_keep)
     monitor = LyapunovMonitor(num_exponents=1, warmup=0, strict=True)
     model, _ = train(forecasting, dataset, "TemporalFusionTransformer", monitor)
-    for name, sequences in recorded[-1].items():
+    assert len(followed) == 2
+    for name in ("lstm_encoder", "lstm_decoder"):
         layer, growth = model.get_submodule(name), 0.0
+        sequences = followed[layer].sequences
         for member, length in enumerate(sequences.lengths):
             state = sequences.states[:, [member]].chunk(2, -1)
             inputs = sequences.inputs[:length, [member]].transpose(0, 1)

@@ -9,6 +9,8 @@ from lightning.pytorch.callbacks import EarlyStopping
 from torch.testing import assert_close
 
 from lightning_lyapunov import EXPONENT_FLOOR, LyapunovMonitor, lyapunov_spectrum
+from lightning_lyapunov.functional import layer_growth
+from lightning_lyapunov.layers.registry import as_layer
 
 cells = pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
 not_finite = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -48,8 +50,10 @@ def assert_sum(spectrum, model, inputs, warmup):
 
 
 def all_nan(values):
-    """Return whether all values are NaN, except the place of the worst layer."""
-    return all(value.isnan() != (key == "lyapunov/worst_layer") for key, value in values.items())
+    """Return whether all values are NaN, except counts and places, and the largest of all, which is infinite."""
+    counts = ("worst_layer", "num_sequences", "num_steps")
+    numbers = {key: value for key, value in values.items() if not key.endswith(counts) and key != "lyapunov/max"}
+    return values["lyapunov/max"] == math.inf and all(value.isnan() for value in numbers.values())
 
 
 def all_finite(values):
@@ -74,7 +78,9 @@ def test_a_weight_that_is_not_finite_makes_every_number_nan(cell, value, name):
 def test_the_layers_below_one_that_is_not_finite_keep_their_numbers(cell):
     _, values = watch(filled(Still(cell, num_layers=3), math.nan, "weight_hh_l1"))
     nan = {key for key, value in values.items() if value.isnan()}
-    assert nan == keys_of("rnn.l1", "rnn.l2") - {"lyapunov/worst_layer"}
+    counts = {f"lyapunov/rnn.{cell}/{name}" for cell in ("l1", "l2") for name in ("num_sequences", "num_steps")}
+    assert nan == keys_of("rnn.l1", "rnn.l2") - {"lyapunov/worst_layer", "lyapunov/max"} - counts
+    assert values["lyapunov/max"] == math.inf
     assert values["lyapunov/worst_layer"] == 1
     assert {key for key in values if "l0" in key}.isdisjoint(nan)
 
@@ -251,14 +257,22 @@ class Short(Still, Packed):
 
 @cells
 @pytest.mark.parametrize("lengths", [(1, 12, 3, 2), (6, 12, 6, 6)])
-def test_sequences_that_end_in_the_warmup_do_not_count(cell, lengths):
+def test_each_sequence_is_warmed_up_for_half_of_its_own_length(cell, lengths):
     model, data = Short(cell), series(1)
     model.lengths = torch.tensor(lengths)
     monitor, values = watch(model, data=data)
     ((inputs, _),) = data
-    expected = lyapunov_spectrum(model.rnn, inputs[[1]], warmup=6).squeeze(0)
-    assert_close(monitor.history["rnn"]["spectrum"][0], expected, rtol=1e-4, atol=1e-5)
+    layer, total = as_layer(model.rnn), 0.0
+    for member, length in enumerate(lengths):
+        options = {"num_exponents": None, "warmup": length // 2, "qr_interval": 1, "dtype": torch.float64}
+        ((_, growth),) = layer_growth(layer, layer.read(inputs[[member], :length]), **options)
+        total = total + growth.total[0, 0]
+    expected = total / sum(length - length // 2 for length in lengths)
+    assert_close(
+        monitor.history["rnn"]["spectrum"][0].double(), expected.sort(descending=True).values, rtol=1e-4, atol=1e-5
+    )
     assert values["lyapunov/max"].isfinite()
+    assert values["lyapunov/rnn/max_stderr"].isfinite()
 
 
 @cells

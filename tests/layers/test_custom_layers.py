@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from helpers import FEATURES, ROOT, CellModel, TanhCell, fit, make_recorder, precise, randn, series
+from helpers import FEATURES, ROOT, CellModel, TanhCell, fit, make_recorder, precise, randn, sequences_of, series
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
@@ -166,7 +166,7 @@ def test_keywords_are_the_arguments_they_name(how):
             memory = cell(memory=memory, drive=drive)
     recorder.stop()
     assert not recorder.errors
-    sequences = recorder.sequences()["layer"]
+    sequences = sequences_of(recorder)["layer"]
     assert torch.equal(sequences.inputs, inputs)
     assert torch.equal(sequences.states[0], state)
 

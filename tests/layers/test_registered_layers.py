@@ -98,5 +98,14 @@ def test_taught_layers_are_found_without_being_named(module_class):
 def test_a_layer_that_was_not_taught_is_refused_with_the_line_to_write():
     with pytest.raises(TypeError, match=r"WholeSequences is no recurrent layer.*`register_layer`"):
         lyapunov_spectrum(WholeSequences(), torch.randn(BATCH, TIME, FEATURES))
-    with pytest.raises(ValueError, match=r"`modules`: `rnn` cannot be watched.*`register_layer`"):
-        fit(RegisteredModel(), LyapunovMonitor("rnn"))
+    with pytest.raises(ValueError, match=r"has no recurrent layer of torch.nn.*`register_layer`"):
+        fit(RegisteredModel(), LyapunovMonitor())
+
+
+def test_a_layer_that_was_not_taught_is_measured_when_it_is_named():
+    model, monitor = RegisteredModel(), LyapunovMonitor("rnn", num_exponents=1, strict=True)
+    fit(model, monitor, data=series(1, time=60), max_steps=1)
+    inputs, _ = next(iter(series(1, time=60)))
+    zeros = torch.zeros(len(inputs), HIDDEN)
+    expected = lyapunov_spectrum(model.rnn.cell, 2 * inputs.transpose(0, 1), zeros, num_exponents=1, warmup=30)
+    assert_close(monitor.history["rnn"]["spectrum"][0], expected.mean(0), rtol=0, atol=0.02)

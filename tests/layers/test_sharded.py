@@ -30,7 +30,6 @@ from torch.testing import assert_close
 from lightning_lyapunov import LyapunovMonitor, jacobians, lyapunov_spectrum, register_layer
 from lightning_lyapunov.callbacks import measurement
 from lightning_lyapunov.layers.sharding import gathered
-from lightning_lyapunov.layers.torch_nn import StackedLayer
 
 HIDDEN = 5
 
@@ -278,7 +277,9 @@ def test_a_process_that_is_not_finite_makes_nan_of_all(tmp_path):
     results = sharded(Sharded(each_layer, spoilt), 2, tmp_path)
     assert_all_know_the_same(results)
     # The layer to blame has its number.
-    values = {key: value for key, value in results[0]["values"][-1].items() if key != "lyapunov/worst_layer"}
+    counts = ("worst_layer", "num_sequences", "num_steps")
+    values = {key: value for key, value in results[0]["values"][-1].items() if not key.endswith(counts)}
+    assert values.pop("lyapunov/max") == torch.inf
     assert all(value.isnan() for value in values.values())
 
 
@@ -301,14 +302,14 @@ def test_a_process_whose_measurement_fails_makes_nan_of_all(what, tmp_path, monk
 
 
 def test_a_process_that_cannot_read_a_call_makes_nan_of_all(tmp_path, monkeypatch):
-    read_call = StackedLayer.read_call
+    follow = measurement.follow
 
     def fails_on_one(*args):
         if torch.distributed.get_rank() == 1:
             raise ValueError("unreadable")
-        return read_call(*args)
+        return follow(*args)
 
-    monkeypatch.setattr(StackedLayer, "read_call", fails_on_one)
+    monkeypatch.setattr(measurement, "follow", fails_on_one)
     monitor = LyapunovMonitor(every_n_train_steps=1)
     results = sharded(Sharded(each_layer), 2, tmp_path, monitor=monitor)
     assert_all_know_the_same(results)

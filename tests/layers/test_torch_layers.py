@@ -2,7 +2,19 @@
 
 import pytest
 import torch
-from helpers import FEATURES, Packed, Regressor, descending, fit, growth_of, make_recorder, members, randn, series
+from helpers import (
+    FEATURES,
+    Packed,
+    Regressor,
+    descending,
+    fit,
+    growth_of,
+    make_recorder,
+    members,
+    randn,
+    sequences_of,
+    series,
+)
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -51,7 +63,7 @@ def recorded(module, call, **limits):
     recorder.stop()
     for error in recorder.errors.values():
         raise error
-    return recorder.sequences()["layer"]
+    return sequences_of(recorder)["layer"]
 
 
 def spectra(module, sequences):
@@ -186,8 +198,10 @@ def test_a_subclass_is_recorded_by_the_lengths_it_is_called_with(kind, batch_fir
     inputs, (state, states) = randn(TIME, BATCH, FEATURES), random_state(module)
     argument = inputs.transpose(0, 1) if batch_first else inputs
     options = {"lengths": torch.tensor(lengths), "enforce_sorted": False}
-    assert_recorded(recorded(module, lambda: module(argument, state, **options)), inputs, states, lengths)
-    assert_recorded(recorded(module, lambda: module(x=argument, hx=state, **options)), inputs, states, lengths)
+    steps = [member for member, length in enumerate(lengths) if length]
+    expected = inputs[:, steps], states[:, steps], [lengths[member] for member in steps]
+    assert_recorded(recorded(module, lambda: module(argument, state, **options)), *expected)
+    assert_recorded(recorded(module, lambda: module(x=argument, hx=state, **options)), *expected)
 
 
 @packing
@@ -198,7 +212,7 @@ def test_a_batch_of_sequences_without_steps_is_no_sequence(kind):
     module(randn(TIME, BATCH, FEATURES), lengths=torch.zeros(BATCH).long())
     recorder.stop()
     assert not recorder.errors
-    assert recorder.sequences() == {}
+    assert sequences_of(recorder) == {}
 
 
 @packing

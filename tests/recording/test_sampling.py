@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import cached_property
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from helpers import (
     make_recorder,
     members,
     messages,
+    sequences_of,
     series,
 )
 from torch import nn
@@ -24,6 +26,7 @@ from torch.testing import assert_close
 
 from lightning_lyapunov import LyapunovMonitor, lyapunov_spectrum
 from lightning_lyapunov.layers.discovery import find_layers
+from lightning_lyapunov.recording.cells import NotFollowedError
 from lightning_lyapunov.recording.recorder import Recorder
 
 TIME, BATCH, HIDDEN = 8, 3, 4
@@ -55,10 +58,10 @@ class Recording:
     def __exit__(self, *_):
         self.recorder.stop()
 
-    @property
+    @cached_property
     def sequences(self):
         assert not self.recorder.errors
-        return self.recorder.sequences()["layer"]
+        return sequences_of(self.recorder)["layer"]
 
 
 def zeros(sequences):
@@ -189,11 +192,22 @@ def test_calls_that_start_anew_are_sequences_side_by_side(make):
 
 
 @kinds
-def test_a_call_from_another_state_starts_a_new_sequence(make):
+def test_a_call_from_a_changed_state_is_not_followed(make):
     module, inputs = make(), torch.randn(TIME, BATCH, FEATURES)
     with Recording(module) as recording:
         _, state = module(inputs)
-        shaken = tuple(part + 1e-6 for part in state) if isinstance(state, tuple) else state + 1e-6
+        module(inputs, tuple(part + 1e-6 for part in state) if isinstance(state, tuple) else state + 1e-6)
+    with pytest.raises(NotFollowedError, match=f"The state of {type(module).__name__} comes back changed"):
+        _ = recording.sequences
+
+
+@kinds
+def test_a_call_from_a_state_without_a_graph_starts_a_new_sequence(make):
+    module, inputs = make(), torch.randn(TIME, BATCH, FEATURES)
+    with Recording(module) as recording:
+        _, state = module(inputs)
+        shaken = members(detached(state), [0, 1, 2])
+        shaken = tuple(part + 1e-6 for part in shaken) if isinstance(shaken, tuple) else shaken + 1e-6
         module(inputs, shaken)
     sequences = recording.sequences
     assert sequences.lengths.tolist() == [TIME] * 2 * BATCH
@@ -202,16 +216,15 @@ def test_a_call_from_another_state_starts_a_new_sequence(make):
 
 
 @kinds
-def test_the_members_of_a_batch_in_another_order_are_new_sequences(make):
-    # Beam search reorders its states: their past is no longer that of the place they are in.
+def test_the_members_of_a_batch_are_followed_to_other_places(make):
     module, inputs = make(), torch.randn(TIME, BATCH, FEATURES)
     turn = [1, 2, 0]
     with Recording(module) as recording:
         _, state = module(inputs)
         turned = members(state, turn)
         module(inputs, turned)
-    assert recording.sequences.lengths.tolist() == [TIME] * 2 * BATCH
-    assert torch.equal(recording.sequences.states[:, BATCH:], joined(turned))
+    back = [turn.index(member) for member in range(BATCH)]
+    assert_one_sequence(recording.sequences, torch.cat((inputs, inputs[:, back])), zeros(recording.sequences))
 
 
 @kinds
@@ -343,12 +356,15 @@ def test_sequences_are_spread_over_all_calls(make):
     assert_one_sequence(recording.sequences, inputs[:, ::2, 0], zeros(recording.sequences))
 
 
-def test_calls_without_end_do_not_fill_the_memory():
+def test_calls_without_end_do_not_fill_the_memory(monkeypatch):
+    monkeypatch.setattr("lightning_lyapunov.recording.recorder._MAX_BYTES", 1000)
     module = nn.GRU(FEATURES, HIDDEN)
     with Recording(module, num_sequences=2) as recording:
         for _ in range(50):
             module(torch.randn(2, 1, FEATURES))
-    assert len(recording.recorder._chains["layer"]) == 4
+    (watch,) = recording.recorder._watches.values()
+    calls = watch.recorded.calls
+    assert 1000 < sum(call.num_bytes for call in calls) <= 1000 + calls[0].num_bytes
     assert len(recording.sequences.lengths) == 2
 
 
@@ -365,7 +381,7 @@ def test_an_empty_batch_is_no_sequence(make):
     assert_one_sequence(recording.sequences, inputs, zeros(recording.sequences))
     with Recording(module) as recording:
         module(inputs[:, :0])
-    assert recording.recorder.sequences() == {}
+    assert sequences_of(recording.recorder) == {}
     assert not recording.recorder.errors
 
 
@@ -375,7 +391,7 @@ def test_a_layer_that_is_not_called_is_not_recorded():
     recorder.start()
     called(torch.randn(2, 1, FEATURES))
     recorder.stop()
-    assert list(recorder.sequences()) == ["called"]
+    assert list(sequences_of(recorder)) == ["called"]
 
 
 # Copies
@@ -403,8 +419,10 @@ def test_what_is_recorded_holds_no_graph(make):
     with Recording(module) as recording:
         _, state = module(inputs)
         module(inputs, state)[0].sum().backward()
+    (watch,) = recording.recorder._watches.values()
+    leaves = [leaf for call in watch.recorded.calls for leaf in (*call.arguments, *call.results)]
+    assert not any(leaf.requires_grad for leaf in leaves if isinstance(leaf, torch.Tensor))
     assert not any(tensor.requires_grad for tensor in recording.sequences)
-    assert all(chain._final.grad_fn is None for chain in recording.recorder._chains["layer"])
 
 
 @kinds
@@ -458,20 +476,23 @@ class Unreadable(nn.Module):
         return inputs, "state"
 
 
-def test_a_call_that_cannot_be_read_is_kept_as_an_error_and_the_forward_goes_on():
+def test_a_call_that_cannot_be_read_is_an_error_afterwards_and_the_forward_goes_on():
     module, inputs = Unreadable(), torch.randn(BATCH, FEATURES)
     with Recording(module) as recording:
         assert module(inputs, "state")[0] is inputs
-    (error,) = recording.recorder.errors.values()
-    assert isinstance(error, TypeError)
-    assert "must hold tensors" in str(error)
-    assert recording.recorder.sequences() == {}
+    with pytest.raises(NotFollowedError, match="no argument of it is a state that an earlier call returned"):
+        _ = recording.sequences
+
+
+class Uncopyable(nn.GRU):
+    def __deepcopy__(self, memo):
+        raise RuntimeError("no copies")
 
 
 def test_errors_of_one_step_are_forgotten_in_the_next():
-    module = Unreadable()
+    module = Uncopyable(FEATURES, HIDDEN)
     with Recording(module) as recording:
-        module(torch.randn(BATCH, FEATURES), "state")
+        module(torch.randn(2, BATCH, FEATURES))
         assert recording.recorder.errors
         recording.recorder.start()
         assert not recording.recorder.errors
