@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -29,24 +30,40 @@ def plain_arithmetic() -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         for device in filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps")):
             stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(_full_float32())
+        stack.enter_context(_full_float32)
         yield
 
 
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """Forbid TF32 and bfloat16 in products of float32 matrices."""
-    settings: list[tuple[Callable[[Any], Any], Any]] = []
-    try:
+class _FullFloat32:
+    """Forbids TF32 and bfloat16 in products of float32 matrices, until the last of several threads leaves."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = Lock(), 0
+        self._settings: list[tuple[Callable[[Any], Any], Any]] = []
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._set()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                for restore, value in self._settings:
+                    restore(value)
+                self._settings = []
+
+    def _set(self) -> None:
         try:
             if (before := torch.get_float32_matmul_precision()) != "highest":
-                settings.append((torch.set_float32_matmul_precision, before))
+                self._settings.append((torch.set_float32_matmul_precision, before))
                 torch.set_float32_matmul_precision("highest")
         except RuntimeError:  # set by torch's newer names, which the older ones refuse to read
             for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
-                settings.append((partial(setattr, backend, "fp32_precision"), backend.fp32_precision))
+                self._settings.append((partial(setattr, backend, "fp32_precision"), backend.fp32_precision))
                 backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for restore, value in settings:
-            restore(value)
+
+
+_full_float32 = _FullFloat32()
