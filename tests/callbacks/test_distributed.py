@@ -101,7 +101,12 @@ def test_one_process_that_is_not_finite_makes_nan_of_all_and_all_stop(num_proces
     results = fit_distributed(RankModel(spoilt), num_processes, tmp_path, stop, max_epochs=3)
     assert_all_know_the_same(results)
     last = results[0]["values"][-1]
-    assert {key for key, value in last.items() if not value.isnan()} == {"lyapunov/worst_layer"}
+    counts = {"lyapunov/rnn/num_sequences", "lyapunov/rnn/num_steps"}
+    assert {key for key, value in last.items() if not value.isnan()} == {
+        "lyapunov/worst_layer",
+        "lyapunov/max",
+    } | counts
+    assert last["lyapunov/max"] == torch.inf
     assert [result["epochs"] for result in results] == [1] * num_processes
 
 
@@ -114,7 +119,7 @@ class SaveCheckpoint(Callback):
 
 
 def saturating(change):
-    """Exponents are log 1.5 for inputs of zero, and about -1.7 for those of ``calm``."""
+    """Exponents are log 1.5 for inputs near zero, and about -1.7 for those of ``calm``."""
     model = RankModel(change, cell="RNN")
     for parameter in model.rnn.parameters():
         nn.init.zeros_(parameter)
@@ -128,7 +133,8 @@ def calm(tensor, rank):
 
 
 def one_unstable(tensor, rank):
-    return 0 * tensor if rank == 1 else calm(tensor, rank)
+    # Not zero, because sequences with the same inputs count once.
+    return 1e-9 * tensor if rank == 1 else calm(tensor, rank)
 
 
 def decided(model, rule, folder, *callbacks, rule_first=False, num_processes=2, **options):
