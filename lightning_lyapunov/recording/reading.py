@@ -295,10 +295,12 @@ def check_closed_form(
     sequences, _ = layer.read_call(args, kwargs, output)
     returned = layer.read_output(output, sequences.lengths)
     again = layer.outputs(sequences)
-    nudge = 1e3 * torch.finfo(sequences.inputs.dtype).eps
-    nudged = layer.outputs(sequences._replace(inputs=sequences.inputs * (1 + nudge) + nudge))
     steps = min(len(again), len(returned)) if int(sequences.lengths.max()) <= len(returned) else len(again)
-    message = difference([again[:steps]], [returned[:steps]], sensitivity=[nudged[:steps]])
+    message = difference([again[:steps]], [returned[:steps]])
+    if message is not None:  # a chaotic network forgets its digits: then a nudge grows as the difference does
+        nudge = 1e3 * torch.finfo(sequences.inputs.dtype).eps
+        nudged = layer.outputs(sequences._replace(inputs=sequences.inputs * (1 + nudge) + nudge))
+        message = difference([again[:steps]], [returned[:steps]], sensitivity=[nudged[:steps]])
     if message is not None:
         raise NotFollowedError(message)
 
