@@ -608,3 +608,10 @@ def test_a_state_that_is_handed_on_from_batch_to_batch_is_where_a_sequence_start
         _, state = model.rnn(first)
     expected = lyapunov_spectrum(model.rnn, second, state, num_exponents=1).mean(0)
     assert_close(monitor.history["rnn"]["spectrum"][1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_large_call_with_more_steps_than_are_needed_is_followed():
+    module = nn.GRU(64, 64, batch_first=True)
+    with Recording(module, max_steps=100) as recording:
+        module(torch.randn(64, 250, 64))
+    assert recording.sequences.lengths.tolist() == [100] * 16
