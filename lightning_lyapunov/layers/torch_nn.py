@@ -23,6 +23,7 @@ class StackedLayer(RecurrentLayer):
 
     def __init__(self, module: nn.RNNBase) -> None:
         self.module = module
+        self._names = _positional_names(module.forward)
         self.directions = ("", "_reverse") if module.bidirectional else ("",)
         self.cell_names = tuple(f"l{i}{direction}" for i in range(module.num_layers) for direction in self.directions)
         # The tensors of a state: h, or (h, c).
@@ -68,7 +69,7 @@ class StackedLayer(RecurrentLayer):
 
     def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
         # Subclasses may name the input differently, or take more: `lengths` tells how much of a padded batch is data.
-        arguments = _by_name(self.module.forward, args, kwargs)
+        arguments = _by_name(self._names, args, kwargs)
         inputs = arguments["input"] if "input" in arguments else next(iter(arguments.values()))
         lengths = arguments.get("lengths")
         sequences = self.read(inputs, arguments.get("hx"), None if lengths is None else torch.as_tensor(lengths))
@@ -81,7 +82,7 @@ class StackedLayer(RecurrentLayer):
 
     def given_state(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what a call gave as the first state."""
-        return _by_name(self.module.forward, args, kwargs).get("hx")
+        return _by_name(self._names, args, kwargs).get("hx")
 
     def drive(self, sequences: Sequences) -> Iterator[DrivenCell]:
         inputs = sequences.inputs.to(widest_dtype(sequences.inputs.device))
@@ -139,6 +140,7 @@ class CellLayer(RecurrentLayer):
 
     def __init__(self, module: nn.RNNCellBase) -> None:
         self.module = module
+        self._names = _positional_names(module.forward)
         self.num_parts = 1 + isinstance(module, nn.LSTMCell)
 
     @property
@@ -161,7 +163,7 @@ class CellLayer(RecurrentLayer):
         return Sequences(inputs, state.unsqueeze(0), torch.full((batch,), time, device="cpu"))
 
     def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
-        arguments = _by_name(self.module.forward, args, kwargs)
+        arguments = _by_name(self._names, args, kwargs)
         inputs, state = arguments["input"], arguments.get("hx")
         if inputs.ndim == 1:
             inputs = inputs.unsqueeze(0)
@@ -171,7 +173,7 @@ class CellLayer(RecurrentLayer):
 
     def given_state(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what a call gave as the state."""
-        return _by_name(self.module.forward, args, kwargs).get("hx")
+        return _by_name(self._names, args, kwargs).get("hx")
 
     def outputs(self, sequences: Sequences) -> Tensor:
         """Return the states after each step, ``(time, batch, state)``."""
@@ -217,11 +219,15 @@ def _closed_form(module: nn.Module, mode: str, suffix: str, like: Tensor) -> Rec
     return RNNRecurrence(*weights, nonlinearity=mode.removeprefix("RNN_").lower())
 
 
-def _by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by name; those behind ``*args`` go by the names that torch's own layers have."""
+def _positional_names(forward: Callable[..., Any]) -> list[str]:
+    """Return the names of positional arguments; those behind ``*args`` have the names that torch's own layers use."""
     positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
     names = [name for name, parameter in signature(forward).parameters.items() if parameter.kind in positional]
-    names += ["input", "hx"][len(names) :]
+    return names + ["input", "hx"][len(names) :]
+
+
+def _by_name(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name."""
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     return {name: given[name] for name in [*names, *given] if name in given}
 

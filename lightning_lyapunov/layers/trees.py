@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 __all__ = ["Structure", "flatten", "unflatten"]
 
 
@@ -21,11 +23,16 @@ class Structure(NamedTuple):
     children: tuple["Structure", ...] = ()
 
 
+_LEAF = Structure(None)
+
+
 def flatten(value: Any) -> tuple[list[Any], Structure]:
     """Return the leaves of a nested value, in order, and its structure. What is no container is a leaf, None too."""
+    if value is None or isinstance(value, Tensor):  # most are: no look at what else they could be
+        return [value], _LEAF
     keys, items = _items(value)
     if keys is None:
-        return [value], Structure(None)
+        return [value], _LEAF
     leaves, children = [], []
     for item in items:
         more, child = flatten(item)
@@ -40,10 +47,10 @@ def unflatten(structure: Structure, leaves: list[Any]) -> Any:
 
 
 def _items(value: Any) -> tuple[tuple[Any, ...] | None, list[Any]]:
-    if isinstance(value, dict | Mapping):
-        return tuple(value.keys()), list(value.values())
     if isinstance(value, tuple | list):
         return tuple(range(len(value))), list(value)
+    if isinstance(value, dict | Mapping):
+        return tuple(value.keys()), list(value.values())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = tuple(field.name for field in dataclasses.fields(value))
         return names, [getattr(value, name) for name in names]

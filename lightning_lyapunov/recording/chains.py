@@ -25,6 +25,7 @@ class Segment(NamedTuple):
         lengths: the steps of each member, ``(batch,)``, on the CPU.
         final: the states after it, as ``states``; None where they are not known.
         derived: whether its states were computed from the results of an earlier call; None if nobody can tell.
+        passed: the states between the calls that it is made of, each as ``states``.
     """
 
     inputs: Tensor | None
@@ -32,6 +33,7 @@ class Segment(NamedTuple):
     lengths: Tensor | None
     final: Tensor | None
     derived: bool | None = False
+    passed: tuple[Tensor, ...] = ()
 
 
 @dataclass
@@ -64,6 +66,7 @@ def join(segments: list[Segment], num_sequences: int, max_steps: int) -> Sequenc
     Raises:
         StateChangedError: if a member is given a state that was computed from an earlier result, and is none of these.
     """
+    segments = _merged(segments)
     builder = _Builder(segments)
     for index in range(len(segments)):
         builder.add(index)
@@ -73,6 +76,48 @@ def join(segments: list[Segment], num_sequences: int, max_steps: int) -> Sequenc
     sequences = [_sequence(track, segments, max_steps) for track in builder.tracks if track.pieces]
     sequences = _of_same_data(_distinct([sequence for sequence in sequences if len(sequence.inputs)]))
     return _padded(_longest(sequences, num_sequences)) if sequences else None
+
+
+def _merged(segments: list[Segment]) -> list[Segment]:
+    """Return the segments with those made one that go on from one another with the whole batch, row by row.
+
+    The last of these stays by itself: where a later call shows that a member was held, its last call counts for
+    nothing.
+    """
+    merged: list[Segment] = []
+    run: list[Segment] = []
+    for segment in segments:
+        if run and not _goes_on(run[-1], segment):
+            merged += _one_and_last(run)
+            run = []
+        run.append(segment)
+    return merged + _one_and_last(run)
+
+
+def _goes_on(first: Segment, second: Segment) -> bool:
+    """Return whether every member of a call goes on in the next one, in its row."""
+    if first.inputs is None or second.inputs is None or first.final is None or second.states is None:
+        return False
+    if first.final.dtype != second.states.dtype or not torch.equal(first.final, second.states):
+        return False
+    return first.inputs.shape[2:] == second.inputs.shape[2:] and _is_full(first) and _is_full(second)
+
+
+def _is_full(segment: Segment) -> bool:
+    """Return whether all members have all of its steps."""
+    if segment.inputs is None or segment.lengths is None:
+        return False
+    return bool((segment.lengths == len(segment.inputs)).all())
+
+
+def _one_and_last(run: list[Segment]) -> list[Segment]:
+    if len(run) < 3:
+        return run
+    *parts, last = run
+    inputs = torch.cat([part.inputs for part in parts if part.inputs is not None])
+    lengths = torch.full((inputs.shape[1],), len(inputs), device="cpu")
+    passed = tuple(part.final for part in parts[:-1] if part.final is not None)
+    return [Segment(inputs, parts[0].states, lengths, parts[-1].final, parts[0].derived, passed), last]
 
 
 class _Builder:
@@ -87,6 +132,7 @@ class _Builder:
         self._first_keys: set[bytes] = set()
         # States that calls ended in and that nothing open ends in: of calls that are no stretch, and of branches.
         self._closed_ends: set[bytes] = set()
+        self._passed: list[Tensor] = []
         # Which member each row of a batch held last, by the size of the batch.
         self._holders: dict[int, dict[int, int]] = {}
         self._num_members = 0
@@ -98,6 +144,7 @@ class _Builder:
         if segment.inputs is None or segment.states is None:
             self._closed_ends |= set(after or ())
             return
+        self._passed += segment.passed
         before = _keys(segment.states)
         found = [self._continued(row, key) for row, key in enumerate(before)]
         anew = not any(found)
@@ -150,6 +197,10 @@ class _Builder:
         """Return whether a sequence may start in a state that no earlier one ended in."""
         if not self.tracks or key in self._first_keys or key in self._closed_ends or segment.derived is False:
             return True
+        self._closed_ends.update(*map(_keys, self._passed))
+        self._passed = []
+        if key in self._closed_ends:
+            return True
         # Without a graph only a new call of many steps is taken for new sequences.
         return segment.derived is None and anew and segment.inputs is not None and len(segment.inputs) > 1
 
@@ -194,11 +245,14 @@ def _sequence(track: _Track, segments: list[Segment], max_steps: int) -> _Sequen
 
 def _distinct(sequences: list[_Sequence]) -> list[_Sequence]:
     """Return the sequences without those whose inputs and first state have come before."""
-    seen, distinct = set(), []
+    seen: dict[tuple[bytes, torch.Size, bytes], list[Tensor]] = {}
+    distinct = []
     for sequence in sequences:
-        key = sequence.key, sequence.inputs.detach().double().cpu().contiguous().numpy().tobytes()
-        if key not in seen:
-            seen.add(key)
+        inputs = sequence.inputs.detach()
+        (first,) = _keys(inputs[:1].flatten(1).unsqueeze(0))
+        alike = seen.setdefault((sequence.key, inputs.shape, first), [])
+        if not any(torch.equal(inputs, other) for other in alike):
+            alike.append(inputs)
             distinct.append(sequence)
     return distinct
 

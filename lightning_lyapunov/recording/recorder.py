@@ -17,13 +17,16 @@ from lightning_lyapunov.layers.registry import registered
 from lightning_lyapunov.layers.sharding import full_tensor
 from lightning_lyapunov.layers.trees import Structure, flatten, unflatten
 from lightning_lyapunov.recording.graph import Ancestry
-from lightning_lyapunov.recording.replay import difference
-from lightning_lyapunov.recording.trimming import trim
+from lightning_lyapunov.recording.replay import difference, slack
+from lightning_lyapunov.recording.trimming import few_members, trim
 
 __all__ = ["RecordedCall", "RecordedCalls", "Recorder"]
 
 # Calls without end would fill the memory: recording stops after so many bytes of a layer, and the first call.
 _MAX_BYTES = 2**28
+# Members of a batch with which a call of torch's own layers is repeated: they are independent.
+_NUM_REPEATED = 2
+_TORCHS_OWN = (nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell)
 
 
 @dataclass
@@ -163,7 +166,7 @@ class Recorder:
         recorded, wrapper = self._watches[name].recorded, self._layers[name].wrapper
         if recorded.wrapper is None and wrapper is not None:
             leaves, structure = flatten((args, kwargs))
-            recorded.wrapper = (*wrapper, RecordedCall([_copied(leaf) for leaf in leaves], structure))
+            recorded.wrapper = (*wrapper, RecordedCall(_copied_leaves(leaves), structure))
 
     def before(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record the arguments of a call."""
@@ -190,57 +193,125 @@ class _Watch:
         self._num_bytes = 0
         self._ancestry = Ancestry()
         self._registered = registered(module)
+        self._is_plain: bool | None = None
         self._copy: nn.Module | None = None
-        self._pending: tuple[RecordedCall, dict[str, Any], _RandomStates] | None = None
+        self._pending: tuple[RecordedCall, _Surroundings | None] | None = None
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._pending = None
         if self.recorded.calls and self._num_bytes > _MAX_BYTES:
             return
+        if self._is_plain is None:  # not before, because hooks may come with the batch
+            self._is_plain = is_plain(self._module)
         leaves, structure = flatten((args, kwargs))
         derived = [isinstance(leaf, Tensor) and self._ancestry.reaches(leaf) for leaf in leaves]
-        call = RecordedCall([_copied(leaf) for leaf in leaves], structure, derived=derived)
+        call = RecordedCall(_copied_leaves(leaves), structure, derived=derived)
         call.has_graph = torch.is_grad_enabled()
-        self._pending = call, kept_tensors(self._module), _RandomStates(self._module)
+        self._pending = call, None if self._is_plain else _Surroundings(self._module)
 
     def after(self, output: Any) -> None:
         if self._pending is None:
             return
-        (call, kept, random_states), self._pending = self._pending, None
+        (call, surroundings), self._pending = self._pending, None
         leaves, call.result_structure = flatten(output)
         self._ancestry.add(leaves)
-        call.results = [_copied(leaf) for leaf in leaves]
-        now = kept_tensors(self._module)
-        changed = [name for name in now if name not in kept or not same(now[name], kept[name])]
-        call.kept_after = {name: now[name] for name in changed}
-        call.kept_before = {name: kept[name] for name in changed if name in kept}
-        drew = random_states.have_moved()
+        call.results = _copied_leaves(leaves)
+        if surroundings is not None:
+            call.kept_before, call.kept_after = surroundings.changed(self._module)
+        drew = surroundings is not None and surroundings.random_states.have_moved()
         is_whole = not trim(self._module, call, *self._limits)
         self._num_bytes += call.num_bytes
         self.recorded.calls.append(call)
         if self.recorded.mismatch is None and (is_whole or not drew):
-            self.recorded.mismatch = self._repeat(call, random_states)
+            self.recorded.mismatch = self._compare(call, surroundings)
 
-    def _repeat(self, call: RecordedCall, random_states: "_RandomStates") -> str | None:
-        """Run the call again on a copy that shares the weights; return how its results differ, None if they do not."""
+    def _compare(self, call: RecordedCall, surroundings: "_Surroundings | None") -> str | None:
+        """Repeat a call; return how its results differ, None if they do not."""
         if self._copy is None:
             self._copy = aliased_copy(self._module)
-        if self._copy is None:  # weights that are spread over processes
+        if (copied := self._copy) is None:  # its weights are spread over processes
             return None
-        with torch.no_grad(), random_states.again():
-            for name, value in call.kept_before.items():
-                assign(self._copy, name, _copied_nested(value))
-            args, kwargs = unflatten(call.argument_structure, [_copied(leaf) for leaf in call.arguments])
-            leaves, structure = flatten(self._copy(*args, **kwargs))
-            if self._registered is not None:
-                sequences = self._registered.read_call(*call.call, call.result)
-                if sequences is not None:
-                    call.stepped = self._registered.after(self._copy, sequences.sequences)
+        with torch.no_grad():
+            if surroundings is None:
+                return _repeat_plain(self._module, copied, call)
+            with surroundings.random_states.again():
+                return self._repeat(copied, call)
+
+    def _repeat(self, copied: nn.Module, call: RecordedCall) -> str | None:
+        """Run the call again on a copy that shares the weights; return how its results differ, None if they do not."""
+        for name, value in call.kept_before.items():
+            assign(copied, name, _copied_nested(value))
+        args, kwargs = unflatten(call.argument_structure, _copied_leaves(call.arguments))
+        leaves, structure = flatten(copied(*args, **kwargs))
+        if self._registered is not None:
+            sequences = self._registered.read_call(*call.call, call.result)
+            if sequences is not None:
+                call.stepped = self._registered.after(copied, sequences.sequences)
         if structure != call.result_structure:
             return "it returned another structure when it was called again"
-        # The last state of a call that was cut short is not known, and is NaN.
-        known = [not (isinstance(leaf, Tensor) and bool(leaf.isnan().all())) for leaf in call.results]
-        return difference(list(compress(leaves, known)), list(compress(call.results, known)))
+        return difference(*_known(leaves, call.results))
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Return whether a call of a module is torch's own: no subclass, no made weights, no hook but a recorder's.
+
+    Then the members of a batch are independent, and only arguments, weights and inter-layer dropout make a result.
+    """
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    is_untouched = "forward" not in vars(module) and module._compiled_call_impl is None
+    is_own = type(module) in _TORCHS_OWN and is_untouched and all(isinstance(hook, _Hook) for hook in hooks)
+    return is_own and not has_made_weights(module)
+
+
+def _repeat_plain(module: nn.Module, copied: nn.Module, call: RecordedCall) -> str | None:
+    """Repeat a call of one of torch's own layers or cells with a few members of the batch, and compare.
+
+    Inter-layer dropout is left out: then only the last states of the first layer, below it, are compared.
+    """
+    few = few_members(module, call.arguments, call.results, _NUM_REPEATED)
+    arguments, returned = (call.arguments, call.results) if few is None else few
+    drops = isinstance(module, nn.RNNBase) and module.training and module.dropout > 0 and module.num_layers > 1
+
+    def comparable(results: list[Any]) -> list[Any]:
+        if not isinstance(module, nn.RNNBase) or not drops:
+            return results
+        return [state[: 1 + module.bidirectional] for state in results[-1 - isinstance(module, nn.LSTM) :]]
+
+    def run(arguments: list[Any]) -> list[Any]:
+        args, kwargs = unflatten(call.argument_structure, arguments)
+        return flatten(copied(*args, **kwargs))[0]
+
+    if isinstance(copied, nn.RNNBase):
+        copied.dropout = 0.0
+    known = comparable(returned)
+    again, returned = _known(comparable(run(arguments)), known)
+    message = difference(again, returned)
+    if message is None:
+        return None
+    # Other sizes of a batch round otherwise, and a chaotic network makes that large: then it does so with a nudge.
+    nudged = _known(comparable(run([_nudged(leaf) for leaf in arguments])), known)[0]
+    time_axis = 1 if isinstance(module, nn.RNNBase) and module.batch_first and again[0].ndim == 3 else 0
+    is_layer = isinstance(module, nn.RNNBase) and not drops
+    grown = [
+        slack(leaf, old, time_axis if is_layer and index == 0 else None)
+        if isinstance(old, Tensor) and old.is_floating_point()
+        else None
+        for index, (leaf, old) in enumerate(zip(nudged, again, strict=True))
+    ]
+    return difference(again, returned, grown)
+
+
+def _nudged(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        return leaf
+    nudge = 1e2 * torch.finfo(leaf.dtype).eps
+    return leaf * (1 + nudge) + nudge
+
+
+def _known(again: list[Any], returned: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Leave out the last state of a call that was cut short: it is not known, and is NaN."""
+    known = [not (isinstance(leaf, Tensor) and bool(leaf.isnan().all())) for leaf in returned]
+    return list(compress(again, known)), list(compress(returned, known))
 
 
 class _Hook:
@@ -274,17 +345,28 @@ class _PostHook(_Hook):
             self.recorder.after(self._name, output)
 
 
-def _copied(leaf: Any) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    leaf = full_tensor(leaf)
+def _copied_leaves(leaves: list[Any]) -> list[Any]:
     with torch.inference_mode(False), torch.no_grad():
-        return leaf.detach().clone()
+        return [full_tensor(leaf).detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
 def _copied_nested(value: Any) -> Any:
     leaves, structure = flatten(value)
-    return unflatten(structure, [_copied(leaf) for leaf in leaves])
+    return unflatten(structure, _copied_leaves(leaves))
+
+
+class _Surroundings:
+    """What a call may change beside what it returns: tensors that the module keeps, and random states."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._kept = kept_tensors(module)
+        self.random_states = _RandomStates(module)
+
+    def changed(self, module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the kept tensors that were replaced or written over since, before and after."""
+        now = kept_tensors(module)
+        names = [name for name in now if name not in self._kept or not same(now[name], self._kept[name])]
+        return {name: self._kept[name] for name in names if name in self._kept}, {name: now[name] for name in names}
 
 
 class _RandomStates:

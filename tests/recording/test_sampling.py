@@ -1,5 +1,6 @@
 """How the calls of a layer become sequences, and what a recording leaves behind."""
 
+import copy
 import itertools
 import math
 from functools import cached_property
@@ -615,3 +616,85 @@ def test_a_large_call_with_more_steps_than_are_needed_is_followed():
     with Recording(module, max_steps=100) as recording:
         module(torch.randn(64, 250, 64))
     assert recording.sequences.lengths.tolist() == [100] * 16
+
+
+# Repeated calls
+
+
+REPEATED = {
+    **KINDS,
+    "batch first": lambda: nn.LSTM(FEATURES, HIDDEN, batch_first=True),
+    "bidirectional": lambda: nn.GRU(FEATURES, HIDDEN, bidirectional=True),
+    "dropout between layers": lambda: nn.LSTM(FEATURES, HIDDEN, 2, dropout=0.5),
+    "dropout, bidirectional": lambda: nn.GRU(FEATURES, HIDDEN, 2, dropout=0.5, bidirectional=True),
+    **CELLS,
+}
+FORMS = ("batch", "one member", "packed", "large")
+
+
+def call_in_form(module, form):
+    """Call a layer with a batch, an unbatched sequence, packed sequences, or more than is kept of a call."""
+    if isinstance(module, nn.RNNCellBase):
+        module(torch.randn(FEATURES) if form == "one member" else torch.randn(BATCH, FEATURES))
+        return
+    if form == "one member":
+        module(torch.randn(TIME, FEATURES))
+    elif form == "packed":
+        module(pack_padded_sequence(torch.randn(TIME, BATCH, FEATURES), torch.tensor([8, 5, 2])))
+    else:
+        module(torch.randn(600, 600, FEATURES) if form == "large" else torch.randn(TIME, BATCH, FEATURES))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("make", REPEATED.values(), ids=REPEATED)
+def test_a_call_is_compared_with_a_second_one_of_a_few_members(make, form, monkeypatch):
+    from lightning_lyapunov.recording import recorder as recorder_module
+
+    def recorded():
+        with Recording(module) as recording:
+            call_in_form(module, form)
+        calls = recording.recorder.take()["layer"]
+        assert not recording.recorder.errors
+        return calls.mismatch
+
+    module = make()
+    assert recorded() is None
+    aliased_copy = recorder_module.aliased_copy
+
+    def with_other_weights(module):
+        copied = copy.deepcopy(aliased_copy(module))
+        for parameter in copied.parameters():
+            parameter.data.add_(0.1)
+        return copied
+
+    monkeypatch.setattr(recorder_module, "aliased_copy", with_other_weights)
+    cut_in_time = form == "large" and not getattr(module, "bidirectional", False)
+    if cut_in_time and getattr(module, "dropout", 0):  # neither outputs nor last states are known
+        assert recorded() is None
+    else:
+        assert "is off by up to" in recorded()
+
+
+def test_a_chaotic_layer_that_rounds_otherwise_with_fewer_members_is_followed():
+    torch.manual_seed(0)
+    module = nn.RNN(64, 64)
+    nn.init.normal_(module.weight_hh_l0, std=4 / 8)
+    with Recording(module) as recording:
+        module(torch.randn(200, 64, 64))
+    assert recording.recorder.take()["layer"].mismatch is None
+
+
+def test_a_hook_of_all_modules_on_the_outputs_is_no_part_of_the_recurrence():
+    def halve(module, args, output):
+        return (0.5 * output[0], output[1]) if isinstance(module, nn.GRU) else output
+
+    def mean():
+        trainer = fit(Regressor("GRU", lr=0.0), LyapunovMonitor(every_n_train_steps=1, strict=True), max_steps=1)
+        return trainer.callback_metrics["lyapunov/rnn/mean"]
+
+    expected = mean()
+    handle = nn.modules.module.register_module_forward_hook(halve)
+    try:
+        assert_close(mean(), expected, atol=1e-5, rtol=0)
+    finally:
+        handle.remove()
