@@ -23,6 +23,9 @@ from lightning_lyapunov.recording.whole_layers import read_unrolled, read_whole_
 
 __all__ = ["Followed", "check_closed_form", "follow"]
 
+# Leaves of arguments that hold nothing else.
+_NUMBERS = (Tensor, bool, int, float, complex, str, type(None), torch.dtype, torch.device)
+
 
 class Followed(NamedTuple):
     """A map, and the sequences to follow it along.
@@ -36,6 +39,14 @@ class Followed(NamedTuple):
     layer: RecurrentLayer
     sequences: Sequences
     last_call: RecordedCalls | None = None
+
+    @property
+    def holds_copies_only(self) -> bool:
+        """Whether it holds no object of the model's, which came as an argument and may hold the batch or a graph."""
+        calls: list[Any] = [] if self.last_call is None else self.last_call.calls
+        if isinstance(self.layer, WatchedCell):
+            calls = [*calls, self.layer.step_call]
+        return all(isinstance(leaf, _NUMBERS) for call in calls for leaf in call.arguments)
 
     def again(self, module: nn.Module) -> "Followed":
         """Return the same with the weights of now."""

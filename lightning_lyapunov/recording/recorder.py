@@ -17,6 +17,7 @@ from lightning_lyapunov.layers.registry import registered
 from lightning_lyapunov.layers.sharding import full_tensor
 from lightning_lyapunov.layers.trees import Structure, flatten, unflatten
 from lightning_lyapunov.recording.graph import Ancestry
+from lightning_lyapunov.recording.hooks import Hook, add_hooks, beside_modes, has_numbers, remove_hooks
 from lightning_lyapunov.recording.replay import difference, slack
 from lightning_lyapunov.recording.trimming import few_members, trim
 
@@ -27,6 +28,10 @@ _MAX_BYTES = 2**28
 # Members of a batch with which a call of torch's own layers is repeated: they are independent.
 _NUM_REPEATED = 2
 _TORCHS_OWN = (nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell)
+_SKIPPED = (
+    "It was called under `torch.func` only (`vmap`, `grad`), while it was traced, or after it was scripted. Call it "
+    "once without."
+)
 
 
 @dataclass
@@ -133,55 +138,64 @@ class Recorder:
         self.recording = True
         for name, (module, target, wrapper) in self._layers.items():
             self._watches[name] = _Watch(module, self._num_sequences, self._max_steps)
-            if wrapper is not None and has_made_weights(module):
-                wrapper[0].register_forward_pre_hook(_WrapperHook(self, name), with_kwargs=True)
-            if target is not None:
-                target.register_forward_pre_hook(_PreHook(self, name), with_kwargs=True)
-                target.register_forward_hook(_PostHook(self, name), with_kwargs=True)
+            makes_weights = wrapper is not None and has_made_weights(module)
+            add_hooks(self, name, target, wrapper[0] if wrapper and makes_weights else None)
 
     def stop(self) -> None:
         """Record no more; remove every hook."""
-        # Search for our hooks: an interrupt may have prevented storing a handle.
-        wrappers = [found.wrapper[0] for found in self._layers.values() if found.wrapper is not None]
-        targets = [found.hook_target for found in self._layers.values() if found.hook_target is not None]
-        for target in (*targets, *wrappers):
-            for hooks, with_kwargs in (
-                (target._forward_pre_hooks, target._forward_pre_hooks_with_kwargs),
-                (target._forward_hooks, target._forward_hooks_with_kwargs),
-            ):
-                for number, hook in list(hooks.items()):
-                    if isinstance(hook, _Hook) and hook.recorder is self:
-                        with_kwargs.pop(number, None)
-                        hooks.pop(number, None)
+        for module, target, wrapper in self._layers.values():
+            for hooked in (module, target, None if wrapper is None else wrapper[0]):
+                if hooked is not None:
+                    remove_hooks(hooked, self)
         self.recording = False
 
     def take(self) -> dict[str, RecordedCalls]:
         """Return the calls of each layer, and forget them; a layer that was not called is not in it."""
         recorded = {name: watch.recorded for name, watch in self._watches.items() if watch.recorded.calls}
+        for name, watch in self._watches.items():
+            if watch.skipped and name not in recorded:
+                self.errors.setdefault(name, RuntimeError(_SKIPPED))
         self._watches = {}
         return recorded
+
+    def forget(self) -> None:
+        """Forget what was recorded."""
+        self._watches, self.errors = {}, {}
+
+    def receive(self, name: str, record: str, *arguments: Any) -> None:
+        """Pass a call of a layer on to one of the methods below. This guards them all, because they run in its forward.
+
+        An error ends the recording of the layer in this batch; the callback gives the warning, and the forward goes on.
+        """
+        if name in self.errors or name not in self._watches:
+            return
+        try:
+            with beside_modes():
+                getattr(self, record)(name, *arguments)
+        except Exception as error:
+            # Neither its traceback, whose frames hold the batch, nor what was recorded.
+            error.__cause__ = error.__context__ = None
+            self.errors[name] = error.with_traceback(None)
+            self._watches[name] = _Watch(self._layers[name].module, self._num_sequences, self._max_steps)
 
     def before_wrapper(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record the first call of the module that makes the weights of a layer."""
         recorded, wrapper = self._watches[name].recorded, self._layers[name].wrapper
-        if recorded.wrapper is None and wrapper is not None:
-            leaves, structure = flatten((args, kwargs))
+        leaves, structure = flatten((args, kwargs))
+        if recorded.wrapper is None and wrapper is not None and has_numbers(leaves):
             recorded.wrapper = (*wrapper, RecordedCall(_copied_leaves(leaves), structure))
 
     def before(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record the arguments of a call."""
-        try:
-            self._watches[name].before(args, kwargs)
-        except Exception as error:  # the model's forward goes on; the callback gives the warning
-            self.errors.setdefault(name, error)
+        self._watches[name].before(args, kwargs)
 
     def after(self, name: str, output: Any) -> None:
         """Record what the call returned, and repeat it."""
-        try:
-            if name not in self.errors:
-                self._watches[name].after(output)
-        except Exception as error:
-            self.errors.setdefault(name, error)
+        self._watches[name].after(output)
+
+    def skip(self, name: str) -> None:
+        """Take note that calls pass by unseen."""
+        self._watches[name].skipped = True
 
 
 class _Watch:
@@ -196,6 +210,7 @@ class _Watch:
         self._is_plain: bool | None = None
         self._copy: nn.Module | None = None
         self._pending: tuple[RecordedCall, _Surroundings | None] | None = None
+        self.skipped = False
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._pending = None
@@ -204,6 +219,9 @@ class _Watch:
         if self._is_plain is None:  # not before, because hooks may come with the batch
             self._is_plain = is_plain(self._module)
         leaves, structure = flatten((args, kwargs))
+        if not has_numbers(leaves):
+            self.skipped = True
+            return
         derived = [isinstance(leaf, Tensor) and self._ancestry.reaches(leaf) for leaf in leaves]
         call = RecordedCall(_copied_leaves(leaves), structure, derived=derived)
         call.has_graph = torch.is_grad_enabled()
@@ -259,7 +277,7 @@ def is_plain(module: nn.Module) -> bool:
     """
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     is_untouched = "forward" not in vars(module) and module._compiled_call_impl is None
-    is_own = type(module) in _TORCHS_OWN and is_untouched and all(isinstance(hook, _Hook) for hook in hooks)
+    is_own = type(module) in _TORCHS_OWN and is_untouched and all(isinstance(hook, Hook) for hook in hooks)
     return is_own and not has_made_weights(module)
 
 
@@ -312,37 +330,6 @@ def _known(again: list[Any], returned: list[Any]) -> tuple[list[Any], list[Any]]
     """Leave out the last state of a call that was cut short: it is not known, and is NaN."""
     known = [not (isinstance(leaf, Tensor) and bool(leaf.isnan().all())) for leaf in returned]
     return list(compress(again, known)), list(compress(returned, known))
-
-
-class _Hook:
-    """Passes the calls of a layer on to a recorder. In a copy or a pickle of the layer it does nothing."""
-
-    def __init__(self, recorder: Recorder | None = None, name: str = "") -> None:
-        self.recorder, self._name = recorder, name
-
-    def __reduce__(self) -> Any:
-        return type(self), ()
-
-
-class _PreHook(_Hook):
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.recorder is not None:
-            self.recorder.before(self._name, args, kwargs)
-
-
-class _WrapperHook(_Hook):
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.recorder is not None:
-            self.recorder.before_wrapper(self._name, args, kwargs)
-
-
-class _PostHook(_Hook):
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self.recorder is not None:
-            self.recorder.after(self._name, output)
 
 
 def _copied_leaves(leaves: list[Any]) -> list[Any]:
