@@ -1,6 +1,8 @@
 """Where the numbers go: the trainer's metrics, the loggers and the history."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -89,11 +91,13 @@ class Publisher:
     def publish(self, trainer: Any, cells: CellMetrics, step: int) -> None:
         """Publish the metrics of all cells, the same on every rank, at a step of the loggers."""
         scalars: dict[str, Tensor] = {}
+        rows: dict[str, tuple[Tensor, Tensor]] = {}
         for cell, metrics in cells.items():
             metrics = self._update(cell, metrics, step)
             scalars.update({f"lyapunov/{cell}/{name}": metrics[name] for name in _LOGGED})
-            rows = (metrics[name].float().cpu().reshape(-1) for name in ("spectrum", "stderr"))
-            self._history.append(cell, step, *rows)
+            spectrum, stderr = (metrics[name].float().cpu().reshape(-1) for name in ("spectrum", "stderr"))
+            rows[cell] = spectrum, stderr
+        self._history.append(step, rows)
         worst = max(self._measured.values(), key=lambda e: (math.isnan(e.value), e.value), default=None)
         self.estimates = dict(self._measured) if worst is None else {**self._measured, "lyapunov/max": worst}
         overall = {
@@ -113,7 +117,8 @@ class Publisher:
         trainer.callback_metrics.update({key: value.float().to(device) for key, value in scalars.items()})
         numbers = {key: float(value) for key, value in scalars.items()}
         for logger in trainer.loggers:
-            logger.log_metrics(numbers.copy(), step=step)
+            with self._guard(logger, "did not take the numbers"):
+                logger.log_metrics(numbers.copy(), step=step)
         if self._log_spectrum and trainer.is_global_zero and trainer.loggers:
             self._log_pictures(trainer.loggers, list(cells), step, worst)
 
@@ -135,13 +140,20 @@ class Publisher:
             "band": self._log_band,
             "worst": None if worst is None else worst.layer,
         }
+        shown = {cell: history[cell] for cell in cells}
         for logger in loggers:
-            name = type(logger).__name__
-            try:
-                if not log_spectra(logger, {cell: history[cell] for cell in cells}, step, **options):
+            with self._guard(logger, "did not take a picture"):
+                if not log_spectra(logger, shown, step, **options):
+                    name = type(logger).__name__
                     self._warn(f"{type(logger)} is not known", f"{name} is not known to take pictures of the spectrum.")
-            except Exception as error:
-                if self._strict:
-                    raise
-                message = f"{name} did not take a picture: {type(error).__name__}: {error}"
-                self._warn(f"{type(logger)} failed", message)
+
+    @contextmanager
+    def _guard(self, logger: Any, problem: str) -> Iterator[None]:
+        """Warn once of an error in a logger: the other loggers are served, and the run goes on."""
+        try:
+            yield
+        except Exception as error:
+            if self._strict or isinstance(error, Warning):
+                raise
+            message = f"{type(logger).__name__} {problem}: {type(error).__name__}: {error}"
+            self._warn(f"{type(logger)} {problem}", message)

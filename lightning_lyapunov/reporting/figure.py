@@ -1,13 +1,33 @@
 """The spectrum of a layer as a figure for a paper or a notebook."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lightning_lyapunov.kernel.propagation import EXPONENT_FLOOR
 
-__all__ = ["spectrum_figure"]
+__all__ = ["history_figure", "spectrum_figure"]
+
+
+def history_figure(history: Mapping[str, Mapping[str, Tensor]], layer: str | None = None) -> Any:
+    """Draw the spectrum of a layer of a history; by default that with the largest exponent now.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ValueError: if nothing has been measured of that layer.
+        ModuleNotFoundError: if matplotlib is not installed.
+    """
+    if layer is None and history:
+        layer = max(history, key=lambda name: float(history[name]["spectrum"][-1, 0].nan_to_num(-math.inf)))
+    if layer is None or layer not in history:
+        raise ValueError(f"`layer={layer!r}` has not been measured. Measured are: {', '.join(history) or 'none'}.")
+    return spectrum_figure(layer, **{name: values.numpy() for name, values in history[layer].items()})
 
 
 def spectrum_figure(layer: str, step: NDArray[Any], spectrum: NDArray[Any], stderr: NDArray[Any]) -> Any:

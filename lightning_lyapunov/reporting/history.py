@@ -4,6 +4,7 @@ import csv
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ __all__ = ["MAX_MEASUREMENTS", "History", "save_table"]
 MAX_MEASUREMENTS = 1_000
 """The most measurements of a cell that are kept: 136 kB in a checkpoint for 16 exponents, 2 MB for 256."""
 
+_MAX_STEP = 2**53
 _VERSION = 2  # 1 had no version and kept every measurement
 
 
@@ -30,9 +32,14 @@ class History:
     def __init__(self) -> None:
         self._cells: dict[str, _Cell] = {}
 
-    def append(self, cell: str, step: int, spectrum: Tensor, stderr: Tensor) -> None:
-        """Add a measurement: exponents and their standard errors, ``(num_exponents,)``, on the CPU."""
-        self._cells.setdefault(cell, _Cell()).append(_Measurement(step, spectrum, stderr))
+    def append(self, step: int, cells: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Add a measurement of some cells: exponents and standard errors, ``(num_exponents,)``, on the CPU.
+
+        It is added in one step: whoever interrupts this, or saves a checkpoint in a handler of a signal, finds all of
+        it or nothing.
+        """
+        added = {name: self._cells.get(name, _Cell()).with_added(_Measurement(step, *m)) for name, m in cells.items()}
+        self._cells = {**self._cells, **added}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return for each cell ``"step"``, ``(m,)``, ``"spectrum"`` and ``"stderr"``, ``(m, num_exponents)``.
@@ -52,7 +59,7 @@ class History:
 
     def load_state_dict(self, state: Any) -> None:
         """Load a saved history of this, an older or a newer layout; warn of the parts that cannot be read."""
-        self._cells, problems = {}, []
+        cells, problems = {}, []
         if not isinstance(state, Mapping):
             state = {"history": state}
         history = state.get("history")
@@ -60,9 +67,10 @@ class History:
             problems, history = [f"there is {type(history).__name__} where the cells should be"], {}
         for name, measurements in history.items():
             try:
-                self._cells[str(name)] = _read_cell(name, measurements, state)
+                cells[str(name)] = _read_cell(name, measurements, state)
             except Exception as error:  # a damaged history must not end a run
                 problems.append(f"{name}: {type(error).__name__}: {error}")
+        self._cells = cells
         if problems:
             warnings.warn(
                 f"A part of the Lyapunov history in the checkpoint (layout {state.get('version', 1)!r:.20}; this "
@@ -77,29 +85,30 @@ class _Measurement(NamedTuple):
     stderr: Tensor
 
 
+@dataclass(frozen=True)
 class _Cell:
     """The measurements of one cell: those whose number, from 0, is a multiple of ``interval``, and the last one."""
 
-    def __init__(self) -> None:
-        self.kept: list[_Measurement] = []
-        self.interval, self.num_measured = 1, 0
+    kept: tuple[_Measurement, ...] = ()
+    interval: int = 1
+    num_measured: int = 0
 
-    def append(self, measurement: _Measurement) -> None:
-        if (self.num_measured - 1) % self.interval:
-            self.kept.pop()  # it was kept only because it was the last one
-        self.kept.append(measurement)
-        self.num_measured += 1
-        self.thin()
+    def with_added(self, measurement: _Measurement) -> "_Cell":
+        # The last one was kept only because it was the last, unless its number is a multiple.
+        before = self.kept[:-1] if (self.num_measured - 1) % self.interval else self.kept
+        return _Cell((*before, measurement), self.interval, self.num_measured + 1).thinned()
 
-    def thin(self) -> None:
-        while len(self.kept) > MAX_MEASUREMENTS:
-            last = self.kept[-1:] if len(self.kept) % 2 == 0 else []
-            self.kept, self.interval = self.kept[::2] + last, 2 * self.interval
+    def thinned(self) -> "_Cell":
+        kept, interval = self.kept, self.interval
+        while len(kept) > MAX_MEASUREMENTS:
+            last = kept[-1:] if len(kept) % 2 == 0 else ()
+            kept, interval = kept[::2] + last, 2 * interval
+        return _Cell(kept, interval, self.num_measured)
 
     def tensors(self) -> dict[str, Tensor]:
         steps, spectra, errors = zip(*self.kept, strict=True)
         return {
-            "step": torch.tensor(steps, device="cpu"),
+            "step": torch.tensor(steps, dtype=torch.int64, device="cpu"),
             "spectrum": pad_sequence(list(spectra), batch_first=True, padding_value=math.nan),
             "stderr": pad_sequence(list(errors), batch_first=True, padding_value=math.nan),
         }
@@ -117,20 +126,22 @@ def _read_cell(name: Any, measurements: Any, state: Mapping[str, Any]) -> _Cell:
         step.ndim == 1 and spectrum.ndim == 2 and len(step) == len(spectrum) > 0 and stderr.shape == spectrum.shape
     ):
         raise ValueError(f"the shapes {tuple(step.shape)}, {tuple(spectrum.shape)}, {tuple(stderr.shape)} do not match")
-    cell = _Cell()
-    cell.kept = [
-        _Measurement(int(number), *rows) for number, *rows in zip(step.tolist(), spectrum, stderr, strict=True)
-    ]
+    if not (step.double() == step.long().double()).all() or not (step.double().abs() < _MAX_STEP).all():
+        raise ValueError("the steps are no whole numbers, or too large")
+    kept = tuple(
+        _Measurement(number, *rows) for number, *rows in zip(step.long().tolist(), spectrum, stderr, strict=True)
+    )
     interval, count = (_whole_number(state.get(key), name) for key in ("interval", "num_measured"))
     # If the two do not fit, or are missing, the kept measurements count as all of them.
     fits = interval and len(step) == len(range(0, count, interval)) + bool((count - 1) % interval)
-    cell.interval, cell.num_measured = (interval, count) if fits else (1, len(step))
-    cell.thin()
-    return cell
+    return (_Cell(kept, interval, count) if fits else _Cell(kept, 1, len(step))).thinned()
 
 
 def _on_cpu(values: Any) -> Tensor:
-    return torch.as_tensor(values).detach().cpu()
+    numbers = torch.as_tensor(values).detach()
+    if numbers.is_complex():
+        raise ValueError("the numbers are complex")
+    return numbers.to_dense().cpu()
 
 
 def _whole_number(numbers: Any, name: Any) -> int:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_lyapunov.reporting.pictures import current_spectrum_picture, resolved, spectrum_picture
+from lightning_lyapunov.reporting.room import check_room
 
 __all__ = ["log_spectra", "lyapunov_layout"]
 
@@ -44,8 +45,13 @@ def log_spectra(
 
     Returns:
         False for a logger that is not known to take pictures, nor to take numbers only.
+
+    Raises:
+        OSError: if there is no room for pictures on the disk.
     """
     show = _picture_call(logger)
+    if show:
+        check_room(logger, len(history))
     if worst is not None and hasattr(getattr(logger, "experiment", None), "add_text"):
         logger.experiment.add_text(f"{_prefix_of(logger)}lyapunov/worst_layer", f"`{worst}`", step)
     for layer, measurements in history.items():

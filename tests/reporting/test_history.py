@@ -23,7 +23,8 @@ def spectrum_of(step, num_exponents=3):
 
 def measured(history, steps, cell="rnn", num_exponents=3):
     for step in steps:
-        history.append(cell, step, spectrum_of(step, num_exponents), -spectrum_of(step, num_exponents))
+        spectrum = spectrum_of(step, num_exponents)
+        history.append(step, {cell: (spectrum, -spectrum)})
     return history
 
 
