@@ -12,7 +12,6 @@ from lightning_lyapunov.callbacks.overhead import Overhead
 from lightning_lyapunov.callbacks.warn_once import WarnOnce
 from lightning_lyapunov.functional import layer_growth, working_dtype
 from lightning_lyapunov.kernel.propagation import Growth
-from lightning_lyapunov.layers.base import RecurrentLayer, Sequences
 from lightning_lyapunov.layers.discovery import FoundLayer
 from lightning_lyapunov.layers.sharding import gathered
 from lightning_lyapunov.metrics import LyapunovSummary
@@ -78,6 +77,9 @@ class Measurement:
         growth_of: Callable[..., list[tuple[str, Growth]]] = layer_growth,
     ) -> None:
         self._layers, self._options, self._warn, self._growth_of = layers, options, warn, growth_of
+        # Those of the start, so that the keys stay the same, also where a layer changes.
+        self._cell_names = {name: found.cell_names for name, found in layers.items()}
+        self._state_sizes = {name: found.state_sizes for name, found in layers.items()}
         self._followed: dict[str, Followed] = {}
 
     def metrics(
@@ -101,21 +103,19 @@ class Measurement:
                 outcome = self._outcome(
                     name, found.module, None if calls is None else calls.get(name), errors.get(name), calls is None
                 )
-                cells.update(self._reduce(name, found, outcome, strategy))
+                cells.update(self._reduce(name, outcome, strategy))
         return cells
 
-    def _reduce(
-        self, name: str, layer: FoundLayer, outcome: "_Measured | _NotCalled | _Failed", strategy: Any
-    ) -> CellMetrics:
+    def _reduce(self, name: str, outcome: "_Measured | _NotCalled | _Failed", strategy: Any) -> CellMetrics:
         """Return the metrics of each cell of a layer. Every rank joins the reduction, even without samples."""
         measured, device = {}, strategy.root_device
         if isinstance(outcome, _Measured) and _is_replica(strategy):
             outcome = _NotCalled()
-        for index, cell in enumerate(layer.cell_names):
-            count = self._num_exponents_of(layer, index, outcome, strategy)
+        for index, cell in enumerate(self._cell_names[name]):
+            count = self._num_exponents_of(name, index, outcome, strategy)
             metrics = LyapunovSummary(count).to("cpu" if device.type == "mps" else device)
             metrics.update(*_samples(outcome, index, count))
-            measured[f"{name}.{cell}" if len(layer.cell_names) > 1 else name] = metrics.compute()
+            measured[f"{name}.{cell}" if len(self._cell_names[name]) > 1 else name] = metrics.compute()
         return measured
 
     def _outcome(
@@ -136,7 +136,7 @@ class Measurement:
                         return _NotCalled()
                     self._followed[name] = followed
                 if again or calls is not None:
-                    return self._measured(*self._followed[name][:2]) if name in self._followed else _NotCalled()
+                    return self._measured(name) if name in self._followed else _NotCalled()
         except Exception as error:
             if self._options.strict:
                 raise
@@ -158,7 +158,11 @@ class Measurement:
         self._warn(f"{name} was not called", message)
         return _NotCalled()
 
-    def _measured(self, layer: RecurrentLayer, sequences: Sequences) -> _Measured:
+    def _measured(self, name: str) -> _Measured:
+        followed = self._followed[name]
+        layer, sequences = followed.layer, followed.sequences
+        if not followed.holds_copies_only:
+            del self._followed[name]
         warmup = sequences.lengths.div(2, rounding_mode="floor")
         warmup = warmup.clamp(max=_WARMUP if self._options.warmup is None else self._options.warmup)
         averaged = int((sequences.lengths - warmup).max())
@@ -171,11 +175,28 @@ class Measurement:
             dtype=working_dtype(layer, sequences, self._options.dtype),
             segments=min(_SEGMENTS, averaged) if len(sequences.lengths) == 1 else 1,
         )
+        self._check_sizes(name, layer.state_sizes)
         return _Measured([_of_members(growth, sequences.members) for _, growth in growths], layer.state_sizes)
 
-    def _num_exponents_of(self, found: FoundLayer, index: int, outcome: Any, strategy: Any) -> int:
+    def _check_sizes(self, name: str, sizes: tuple[int, ...]) -> None:
+        """Raise unless a layer has the cells that it had at the start, and states as large as the model says."""
+        expected = self._sizes_of(name)
+        if len(sizes) != len(expected) or any(
+            size not in (0, found) for size, found in zip(expected, sizes, strict=True)
+        ):
+            raise NotFollowedError(
+                f"The states of its cells have {sizes} components, where {expected} were expected. If the layer has "
+                "changed, start a new run."
+            )
+
+    def _sizes_of(self, name: str) -> tuple[int, ...]:
+        """Return the sizes of the states of a layer now, or those of the start if it has other cells than then."""
+        now, start = self._layers[name].state_sizes, self._state_sizes[name]
+        return now if len(now) == len(start) else start
+
+    def _num_exponents_of(self, name: str, index: int, outcome: Any, strategy: Any) -> int:
         """Return how many exponents of a cell to compute, the same on every rank."""
-        size = found.state_sizes[index]
+        size = self._sizes_of(name)[index]
         if size == 0:
             # It is known from its first call, and another rank may have seen that.
             known = torch.tensor(

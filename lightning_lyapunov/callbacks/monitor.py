@@ -1,24 +1,21 @@
 """``LyapunovMonitor``: the callback's hooks, options and state."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lightning_lyapunov.callbacks.guard import guarded
 from lightning_lyapunov.callbacks.host import AnyCallback
-from lightning_lyapunov.callbacks.measurement import Measurement, Options
-from lightning_lyapunov.callbacks.overhead import Overhead
-from lightning_lyapunov.callbacks.publish import Estimate, Publisher, logger_step
-from lightning_lyapunov.callbacks.schedule import Progress, Schedule
+from lightning_lyapunov.callbacks.publish import Estimate, logger_step
+from lightning_lyapunov.callbacks.run import Run, failure_message
+from lightning_lyapunov.callbacks.schedule import Progress
 from lightning_lyapunov.callbacks.warn_once import WarnOnce
 from lightning_lyapunov.functional import layer_growth
 from lightning_lyapunov.layers.discovery import find_layers
-from lightning_lyapunov.recording.recorder import Recorder
-from lightning_lyapunov.reporting.figure import spectrum_figure
+from lightning_lyapunov.reporting.figure import history_figure
 from lightning_lyapunov.reporting.history import History, save_table
 
 __all__ = ["LyapunovMonitor"]
@@ -117,7 +114,7 @@ class LyapunovMonitor(AnyCallback):  # type: ignore[misc]
         self.max_overhead = max_overhead
         self.estimates: dict[str, Estimate] = {}
         self._history = History()
-        self._run: _Run | None = None
+        self._run: Run | None = None
 
     @property
     def history(self) -> dict[str, dict[str, Tensor]]:
@@ -132,85 +129,94 @@ class LyapunovMonitor(AnyCallback):  # type: ignore[misc]
         """
         return self._history.tensors()
 
-    # While a model trains
+    # While a model trains. Every hook of the trainer is `guarded`: that is the one place in which its errors end.
 
+    @guarded(passes=(ValueError,))
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Find the layers. Guarded, but for the errors of `modules`, which name nothing that can be measured."""
         self._start_run(trainer, pl_module)
 
+    @guarded()
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if self._run and self._run.schedule.record_batch(_progress(trainer)):
-            self._run.recorder.start()
+        """Let the training step be recorded, if a measurement is due after it. Guarded."""
+        run = self._run_of(trainer)
+        if run and run.schedule.record_batch(_progress(trainer)):
+            run.record(trainer.strategy, "training_step")
 
+    @guarded()
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._run and self._run.recorder.recording:
-            self._run.recorder.stop()
-            if self._run.schedule.measure_batch(_progress(trainer)):
-                self._measure(trainer, self._run, logger_step(trainer))
+        """Measure, if it is due and the step was recorded. Guarded; what was recorded is dropped in any case."""
+        run = self._run_of(trainer)
+        if run and run.next_step is not None:
+            with run.recorded():
+                if run.schedule.measure_batch(_progress(trainer)):
+                    self.estimates = run.measure(trainer, logger_step(trainer))
 
+    @guarded()
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if self._run:
-            self._run.recorder.stop()
-            if self._run.schedule.measure_epoch(_progress(trainer)):
+        """Measure on the last sequences, if that is due and the last batch was not foreseen. Guarded."""
+        if run := self._run_of(trainer):
+            run.stop()
+            if run.schedule.measure_epoch(_progress(trainer)):
                 # No batch was recorded for it: the sequences of the last measurement serve again.
-                self._measure(trainer, self._run, logger_step(trainer, epoch_ended=True), again=True)
+                self.estimates = run.measure(trainer, logger_step(trainer, epoch_ended=True), again=True)
 
     # `trainer.validate` and `trainer.test`: once, at the first batch.
 
+    @guarded(passes=(ValueError,))
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Find the layers in `trainer.validate`. Guarded as `on_fit_start`."""
         if trainer.state.fn == "validate":
             self._start_run(trainer, pl_module)
 
+    @guarded(passes=(ValueError,))
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """Find the layers. Guarded as `on_fit_start`."""
         self._start_run(trainer, pl_module)
 
+    @guarded()
     def on_validation_batch_start(self, trainer: Any, *_: Any) -> None:
-        if trainer.state.fn != "fit" and self._run and self._run.schedule.measured_step is None:
-            self._run.recorder.start()
+        """Let the first step of `trainer.validate` and `trainer.test` be recorded. Guarded."""
+        run = self._run_of(trainer)
+        if run and trainer.state.fn != "fit" and run.schedule.measured_step is None:
+            run.record(trainer.strategy, "test_step" if trainer.state.fn == "test" else "validation_step")
 
+    @guarded()
     def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
-        if trainer.state.fn != "fit" and self._run and self._run.recorder.recording:
-            self._run.recorder.stop()
-            self._measure(trainer, self._run, logger_step(trainer))
+        """Measure, if the step was recorded. Guarded as `on_train_batch_end`."""
+        run = self._run_of(trainer)
+        if trainer.state.fn != "fit" and run and run.next_step is not None:
+            with run.recorded():
+                self.estimates = run.measure(trainer, logger_step(trainer))
 
     on_test_batch_start = on_validation_batch_start
     on_test_batch_end = on_validation_batch_end
 
+    @guarded()
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self._end_run()
+        """Forget the run. Guarded. It may not come at all: nothing that this removes outlasts a step."""
+        self._end_run(trainer)
 
+    @guarded()
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self._end_run()
+        """Forget the run. Guarded."""
+        self._end_run(trainer)
+
+    def _give_up(self, hook: str, error: Exception) -> None:
+        run = self._run
+        run._give_up(hook, error) if run else WarnOnce()(hook, failure_message(hook, error))
 
     def _start_run(self, trainer: Any, pl_module: Any) -> None:
-        layers, warn = find_layers(pl_module, self.modules), WarnOnce()
-        overhead = Overhead(trainer.strategy.root_device)
-        limits = self.num_sequences, self.max_steps
-        options = Options(*limits, self.num_exponents, self.warmup, self.qr_interval, self.dtype, self.strict)
-        schedule = (self.every_n_epochs, self.every_n_train_steps, self.max_overhead)
-        logged = {"log_spectrum": self.log_spectrum, "log_band": self.log_band, "strict": self.strict}
-        self._run = _Run(
-            recorder=Recorder(layers, *limits),
-            schedule=Schedule(*schedule, overhead, trainer.strategy.broadcast),
-            measurement=Measurement(layers, options, warn, self.growth_of),
-            publisher=Publisher(self._history, warn, **logged),
-            overhead=overhead,
-            warn=warn,
-        )
+        Run.start(self, trainer, find_layers(pl_module, self.modules), self._history)
 
-    def _end_run(self) -> None:
-        if self._run:
-            self._run.recorder.stop()
-        self._run = None
+    def _run_of(self, trainer: Any) -> Run | None:
+        run = self._run
+        return run if run is not None and run.trainer() is trainer else None
 
-    def _measure(self, trainer: Any, run: "_Run", step: int, *, again: bool = False) -> None:
-        run.schedule.measured(trainer.global_step)
-        with run.overhead.measurement():
-            calls = None if again else run.recorder.take()
-            cells = run.measurement.metrics(calls, run.recorder.errors, trainer.strategy, run.overhead)
-            run.publisher.publish(trainer, cells, step)
-        self.estimates = run.publisher.estimates
-        if self.max_overhead is None and trainer.is_global_zero and (message := run.overhead.warning_message()):
-            run.warn("overhead", message)
+    def _end_run(self, trainer: Any) -> None:
+        if run := self._run_of(trainer):
+            run.stop()
+            self._run = None
 
     # Afterwards
 
@@ -239,12 +245,7 @@ class LyapunovMonitor(AnyCallback):  # type: ignore[misc]
             ValueError: if nothing has been measured of that layer.
             ModuleNotFoundError: if matplotlib is not installed.
         """
-        history = self.history
-        if layer is None and history:
-            layer = max(history, key=lambda name: float(history[name]["spectrum"][-1, 0].nan_to_num(-math.inf)))
-        if layer not in history:
-            raise ValueError(f"`layer={layer!r}` has not been measured. Measured are: {', '.join(history) or 'none'}.")
-        return spectrum_figure(layer, **{name: values.numpy() for name, values in history[layer].items()})
+        return history_figure(self.history, layer)
 
     # What is saved
 
@@ -254,27 +255,24 @@ class LyapunovMonitor(AnyCallback):  # type: ignore[misc]
             modules=self.modules, every_n_epochs=self.every_n_epochs, every_n_train_steps=self.every_n_train_steps
         )
 
+    @guarded(default={})
     def state_dict(self) -> dict[str, Any]:
+        """Return the history. Guarded: without it, the checkpoint is saved all the same."""
         return self._history.state_dict()
 
+    @guarded()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a history. Guarded, and each of its cells in :class:`History`."""
         self._history.load_state_dict(state_dict)
 
+    @guarded()
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Find the history again of a monitor that had another schedule or other modules.
+        """Find the history again of a monitor that had another schedule or other modules. Guarded.
 
         Lightning looks for it by :attr:`state_key`, which must tell several monitors of one run apart.
         """
-        states = checkpoint.get("callbacks") or {}
-        monitors = [callback for callback in trainer.callbacks if type(callback) is type(self)]
-        known = {monitor.state_key for monitor in monitors}
-        left = [key for key in states if str(key).startswith(f"{type(self).__qualname__}{{") and key not in known]
-        for monitor in (monitor for monitor in monitors if monitor.state_key not in states):
-            modules = self._generate_state_key(modules=monitor.modules).removesuffix("}")
-            found = [key for key in left if key.startswith(f"{modules},")] or (left if len(left) == 1 else [])
-            if found and monitor is self:
-                self.load_state_dict(states[found[0]])
-            left = [key for key in left if key not in found[:1]]
+        if (state := _state_of(self, trainer.callbacks, checkpoint.get("callbacks") or {})) is not None:
+            self.load_state_dict(state)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles leave the run behind, and with it the model; so do the methods that Lightning binds here.
@@ -282,16 +280,19 @@ class LyapunovMonitor(AnyCallback):  # type: ignore[misc]
         return {**kept, "_run": None}
 
 
-@dataclass
-class _Run:
-    """What belongs to one fit."""
-
-    recorder: Recorder
-    schedule: Schedule
-    measurement: Measurement
-    publisher: Publisher
-    overhead: Overhead
-    warn: WarnOnce
+def _state_of(monitor: LyapunovMonitor, callbacks: Sequence[Any], states: dict[str, Any]) -> Any:
+    """Return the saved state that is taken to be a monitor's, if none goes by its key; None if none is."""
+    kind = type(monitor)
+    monitors = [callback for callback in callbacks if type(callback) is kind]
+    known = {other.state_key for other in monitors}
+    left = [key for key in states if str(key).startswith(f"{kind.__qualname__}{{") and key not in known]
+    for other in (other for other in monitors if other.state_key not in states):
+        modules = other._generate_state_key(modules=other.modules).removesuffix("}")
+        found = [key for key in left if key.startswith(f"{modules},")] or (left if len(left) == 1 else [])
+        if found and other is monitor:
+            return states[found[0]]
+        left = [key for key in left if key not in found[:1]]
+    return None
 
 
 def _progress(trainer: Any) -> Progress:

@@ -41,11 +41,13 @@ class Overhead:
     def measurement(self) -> Iterator[None]:
         """Time a measurement."""
         start = self._now()
-        yield
-        self._last = self._now() - start
-        self._first = self._first if self._measurements else self._last
-        self._spent += self._last
-        self._measurements += 1
+        try:
+            yield
+        finally:  # one that fails takes its time, too
+            self._last = self._now() - start
+            self._first = self._first if self._measurements else self._last
+            self._spent += self._last
+            self._measurements += 1
 
     @contextmanager
     def layer(self, name: str) -> Iterator[None]:
@@ -68,7 +70,7 @@ class Overhead:
         if missing <= 0:
             return 0
         seconds = max(elapsed - self._spent, 1e-9) / done
-        return min(math.ceil(missing / seconds), done)
+        return math.ceil(min(missing / seconds, done))  # a tiny share needs infinitely many
 
     def warning_message(self) -> str | None:
         """Return the warning to give if measuring takes a large share of the run, else None.

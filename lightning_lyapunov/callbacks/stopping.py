@@ -75,7 +75,7 @@ class InstabilityStopping(EarlyStopping, AnyCallback):  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._side = state_dict["side"]
+        self._side = str(state_dict.get("side", ""))
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if not any(isinstance(callback, LyapunovMonitor) for callback in trainer.callbacks):
@@ -147,6 +147,7 @@ class InstabilityStopping(EarlyStopping, AnyCallback):  # type: ignore[misc]
         value = f"{where} is {estimate.value:+.3f} ± {estimate.stderr:.3f} nats per step"
         sure = f"with {self.confidence:.0%} confidence in {self.wait_count} measurements in a row"
         if side == "below":
-            return f"{value}, below {self.lower_threshold:g} {sure}; its memory lasts {-1 / estimate.value:.2g} steps."
+            memory = f"; its memory lasts {-1 / estimate.value:.2g} steps" if estimate.value < 0 else ""
+            return f"{value}, below {self.lower_threshold:g} {sure}{memory}."
         grows = f"perturbations and gradients grow {math.exp(min(10 * estimate.value, 700)):.3g}-fold in 10 steps"
         return f"{value}, above {self.threshold:g} {sure}; {grows}."

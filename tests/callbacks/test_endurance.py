@@ -1,6 +1,7 @@
 """Long runs, interrupted runs, and monitors that are used again: nothing accumulates and no hook is left."""
 
 import gc
+import inspect
 import os
 import sys
 import tracemalloc
@@ -28,7 +29,10 @@ from lightning.pytorch.tuner import Tuner
 from torch import nn
 
 from lightning_lyapunov import LyapunovMonitor
+from lightning_lyapunov.callbacks.next_step import NextStep
 from lightning_lyapunov.callbacks.publish import _LOGGED
+from lightning_lyapunov.callbacks.run import Run
+from lightning_lyapunov.recording.hooks import add_hooks, remove_hooks
 from lightning_lyapunov.recording.recorder import Recorder
 from lightning_lyapunov.reporting.history import MAX_MEASUREMENTS
 
@@ -239,9 +243,18 @@ class InterruptAt:
     CODE = (
         Recorder.start,
         Recorder.stop,
-        LyapunovMonitor.on_train_batch_start,
-        LyapunovMonitor.on_train_batch_end,
-        LyapunovMonitor.on_train_epoch_end,
+        add_hooks,
+        remove_hooks,
+        NextStep.__init__,
+        NextStep.__call__,
+        NextStep.withdraw,
+        Run.record,
+        Run.stop,
+        inspect.unwrap(Run.start_recording),
+        inspect.unwrap(Run.stop_recording),
+        inspect.unwrap(LyapunovMonitor.on_train_batch_start),
+        inspect.unwrap(LyapunovMonitor.on_train_batch_end),
+        inspect.unwrap(LyapunovMonitor.on_train_epoch_end),
         LyapunovMonitor._end_run,
         nn.Module.register_forward_hook,
     )
@@ -293,9 +306,10 @@ def test_ctrl_c_at_any_line_that_handles_hooks_leaves_none_behind():
 def test_a_trainer_has_as_many_monitors_as_there_are_schedules():
     monitors = [LyapunovMonitor(every_n_train_steps=n, strict=True) for n in (1, 2, 3)]
     model, together = Tiny(), []
-    look = At("on_after_backward", lambda trainer: together.append(len(hooks_of(model))))
-    fit(model, *monitors, look, data=series(6), max_epochs=1)
+    look = model.head.register_forward_pre_hook(lambda *_: together.append(len(hooks_of(model.rnn))))
+    fit(model, *monitors, data=series(6), max_epochs=1)
     assert [len(monitor.history["rnn"]["step"]) for monitor in monitors] == [6, 4, 3]
+    look.remove()
     # Two hooks for each that is due at the batch's end: after steps 1 to 6.
     assert together == [6, 4, 4, 4, 2, 6]
     assert not hooks_of(model)

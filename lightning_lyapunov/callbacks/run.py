@@ -1,0 +1,143 @@
+"""What belongs to one run of a trainer, and is forgotten with it."""
+
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_lyapunov.callbacks.guard import guarded
+from lightning_lyapunov.callbacks.measurement import Measurement, Options
+from lightning_lyapunov.callbacks.next_step import NextStep
+from lightning_lyapunov.callbacks.overhead import Overhead
+from lightning_lyapunov.callbacks.publish import Estimate, Publisher
+from lightning_lyapunov.callbacks.schedule import Schedule
+from lightning_lyapunov.callbacks.warn_once import WarnOnce
+from lightning_lyapunov.layers.discovery import FoundLayer
+from lightning_lyapunov.recording.hooks import beside_modes
+from lightning_lyapunov.recording.recorder import Recorder
+from lightning_lyapunov.reporting.history import History
+
+__all__ = ["Run", "failure_message"]
+
+# Held while a monitor takes a run. Of the module, because a monitor is copied and pickled.
+_STARTING = threading.Lock()
+_BUSY = (
+    "This `LyapunovMonitor` measures another run, which has not ended. It goes on with that one, and this one is not "
+    "measured. Give each trainer a monitor of its own."
+)
+
+
+def failure_message(hook: str, error: Exception) -> str:
+    """Return the warning of an error in a hook."""
+    return (
+        f"`{hook}` of `LyapunovMonitor` failed; nothing is measured there and the run goes on. {type(error).__name__}: "
+        f"{error} To raise this error, write `LyapunovMonitor(strict=True)`."
+    )
+
+
+@dataclass
+class Run:
+    """The parts of a monitor that live as long as one run.
+
+    Attributes:
+        trainer: a reference to the trainer that runs; it keeps no trainer alive.
+        strict: raise what goes wrong, instead of warning once.
+        has_budget: whether a budget of time was given; without one, an expensive measurement is reported.
+        next_step: records the step of the current batch; None for a batch that is not recorded.
+    """
+
+    trainer: weakref.ReferenceType[Any]
+    recorder: Recorder
+    schedule: Schedule
+    measurement: Measurement
+    publisher: Publisher
+    overhead: Overhead
+    warn: WarnOnce
+    strict: bool = False
+    has_budget: bool = False
+    next_step: NextStep | None = None
+
+    @classmethod
+    def start(cls, monitor: Any, trainer: Any, layers: Mapping[str, FoundLayer], history: History) -> None:
+        """Give a monitor its run.
+
+        One that goes on around this one, or in another thread, stays and is still measured, and this one is not.
+        """
+        warn, overhead = WarnOnce(), Overhead(trainer.strategy.root_device)
+        limits = monitor.num_sequences, monitor.max_steps
+        how = monitor.num_exponents, monitor.warmup, monitor.qr_interval, monitor.dtype, monitor.strict
+        when = monitor.every_n_epochs, monitor.every_n_train_steps, monitor.max_overhead
+        logged = {"log_spectrum": monitor.log_spectrum, "log_band": monitor.log_band, "strict": monitor.strict}
+        run = cls(
+            trainer=weakref.ref(trainer),
+            recorder=Recorder(layers, *limits),
+            schedule=Schedule(*when, overhead, trainer.strategy.broadcast),
+            measurement=Measurement(layers, Options(*limits, *how), warn, monitor.growth_of),
+            publisher=Publisher(history, warn, **logged),
+            overhead=overhead,
+            warn=warn,
+            strict=monitor.strict,
+            has_budget=monitor.max_overhead is not None,
+        )
+        with _STARTING:
+            other: Run | None = monitor._run
+            if other is None or not other._goes_on_beside(trainer):
+                monitor._run = run
+                return
+        if monitor.strict:
+            raise RuntimeError(_BUSY)
+        warn("another run", _BUSY)
+
+    def _goes_on_beside(self, trainer: Any) -> bool:
+        # One that failed may not have told: Lightning marks it before it calls any `on_exception`.
+        mine = self.trainer()
+        return mine is not None and mine is not trainer and mine.state.status == "running"
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Use what was recorded in a batch, and drop it."""
+        try:
+            yield
+        finally:
+            self.stop()
+
+    def record(self, strategy: Any, step: str) -> None:
+        """Record the layers during the next step of a strategy, of a name such as ``"training_step"``."""
+        self.stop()
+        self.next_step = NextStep(strategy, step, self.start_recording, self.stop_recording)
+
+    @guarded()
+    def start_recording(self) -> None:
+        """Put the hooks on the layers, at the start of a step. Guarded."""
+        self.recorder.start()
+
+    @guarded()
+    def stop_recording(self) -> None:
+        """Take the hooks from the layers, at the end of a step, also after an error. Guarded."""
+        self.recorder.stop()
+
+    def measure(self, trainer: Any, step: int, *, again: bool = False) -> dict[str, Estimate]:
+        """Measure and publish at a step of the loggers, from the recorded calls or ``again`` from the last ones."""
+        self.schedule.measured(trainer.global_step)
+        with beside_modes(), self.overhead.measurement():
+            calls = None if again else self.recorder.take()
+            cells = self.measurement.metrics(calls, self.recorder.errors, trainer.strategy, self.overhead)
+            self.publisher.publish(trainer, cells, step)
+        if not self.has_budget and trainer.is_global_zero and (message := self.overhead.warning_message()):
+            self.warn("overhead", message)
+        return self.publisher.estimates
+
+    def _give_up(self, hook: str, error: Exception) -> None:
+        """Record no more in this batch, and warn."""
+        self.stop()
+        self.warn(f"{hook} failed", failure_message(hook, error))
+
+    def stop(self) -> None:
+        """Record no more, and forget what was recorded in the current batch."""
+        if self.next_step is not None:
+            self.next_step.withdraw()
+        self.next_step = None
+        self.recorder.stop()
+        self.recorder.forget()
