@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Its assertions say what differs.
+pytest.register_assert_rewrite("promises")
 # They hold no doctests, and several modules of one name cannot be imported.
 collect_ignore_glob = ["*/conftest.py"]
 # Before 2.7, `fully_shard` shards on GPUs only.
