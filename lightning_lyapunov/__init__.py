@@ -8,6 +8,7 @@ The names that matter:
 - :class:`LyapunovMonitor`, a Lightning callback: logs the spectrum of every recurrent layer of a model.
 - :class:`InstabilityStopping`, a callback: ends a run whose dynamics have become unstable.
 - :func:`lyapunov_spectrum`: the spectrum of a recurrent module or of any map, without Lightning.
+- :func:`lyapunov_init_`: move the leading exponents of a module to zero, so that gradients neither vanish nor explode.
 - :func:`jacobians`: the Jacobian of the state after each step by the state before it.
 - :func:`register_layer`: how to step a recurrent layer of your own.
 - :func:`kaplan_yorke_dimension` and :func:`kolmogorov_sinai_entropy`: numbers read off a spectrum.
@@ -18,6 +19,7 @@ The names that matter:
 from lightning_lyapunov.callbacks.monitor import LyapunovMonitor
 from lightning_lyapunov.callbacks.stopping import InstabilityStopping
 from lightning_lyapunov.functional import jacobians, lyapunov_spectrum
+from lightning_lyapunov.initialisation import FlossingResult, lyapunov_init_
 from lightning_lyapunov.invariants import kaplan_yorke_dimension, kolmogorov_sinai_entropy
 from lightning_lyapunov.kernel.propagation import EXPONENT_FLOOR
 from lightning_lyapunov.layers.registry import register_layer
@@ -42,6 +44,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "EXPONENT_FLOOR",
+    "FlossingResult",
     "InstabilityStopping",
     "KaplanYorkeDimension",
     "KolmogorovSinaiEntropy",
@@ -60,6 +63,7 @@ __all__ = [
     "jacobians",
     "kaplan_yorke_dimension",
     "kolmogorov_sinai_entropy",
+    "lyapunov_init_",
     "lyapunov_layout",
     "lyapunov_metrics",
     "lyapunov_spectrum",

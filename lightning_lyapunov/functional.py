@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lyapunov.kernel.autodiff import AutodiffRecurrence
+from lightning_lyapunov.kernel.differentiable import differentiable_growth
 from lightning_lyapunov.kernel.precision import plain_arithmetic
 from lightning_lyapunov.kernel.propagation import EXPONENT_FLOOR, Growth, log_growth
 from lightning_lyapunov.layers.base import DrivenCell, RecurrentLayer, Sequences
@@ -19,7 +20,15 @@ from lightning_lyapunov.layers.torch_nn import CellLayer, StackedLayer
 from lightning_lyapunov.recording.cells import NotFollowedError
 from lightning_lyapunov.recording.reading import check_closed_form
 
-__all__ = ["jacobians", "layer_growth", "lyapunov_spectrum", "working_dtype"]
+__all__ = [
+    "differentiable_layer_growth",
+    "is_count",
+    "jacobians",
+    "layer_growth",
+    "lyapunov_spectrum",
+    "read_arguments",
+    "working_dtype",
+]
 
 
 def lyapunov_spectrum(
@@ -31,6 +40,7 @@ def lyapunov_spectrum(
     warmup: int = 0,
     qr_interval: int | Literal["auto"] = "auto",
     dtype: torch.dtype | None = None,
+    differentiable: bool = False,
 ) -> Tensor:
     r"""Compute the Lyapunov exponents of a recurrent network along input sequences.
 
@@ -60,6 +70,10 @@ def lyapunov_spectrum(
             of ``state``. Trajectories, factorisations and sums are float64 where the device has it, and so are steps
             that float32 cannot resolve. A callable is called in ``dtype``: give it a float64 ``state`` where one step
             drives directions further apart than e^8, of which float32 holds few digits.
+        differentiable: keep the graph, so that gradients of any order reach the parameters, ``inputs`` and ``state``.
+            The numbers are the same; all is computed in float64, and a longer ``qr_interval`` is cheaper. The graph
+            holds the frames of all steps. A direction at the floor has a gradient of zero; so have those that one step
+            shrinks by more than e^16 beside the fastest, because float64 does not resolve their derivatives.
 
     Returns:
         The exponents in nats per step, largest first, ``(batch, num_exponents)``. A direction that is wiped out (its
@@ -68,10 +82,11 @@ def lyapunov_spectrum(
 
     Raises:
         ValueError: if an argument has the wrong size or value, or a callable has no derivative; the message says what
-            to write.
+            to write. With ``differentiable`` also if the network is not finite, or no graph reaches its parameters.
         TypeError: if an argument is of the wrong type.
 
-    Source: Benettin et al. (1980); Vogt et al., arXiv 2006.14123, Algorithm 1.
+    Source: Benettin et al. (1980); Vogt et al., arXiv 2006.14123, Algorithm 1; the derivative: Engelken, arXiv
+    2312.17306.
 
     Example::
 
@@ -81,20 +96,54 @@ def lyapunov_spectrum(
         >>> lyapunov_spectrum(lambda s, x: s @ rotation.T, inputs, state).abs().round(decimals=6)
         tensor([[0., 0.]], dtype=torch.float64)
     """
-    layer = _layer(dynamics)
-    with plain_arithmetic(), gathered(layer.module):
-        layer = _checked(layer, inputs, state)
-        sequences, dtype = _read(layer, inputs, state, dtype)
-        count = _check_options(layer, sequences, num_exponents, warmup, qr_interval)
-        growths = [
-            growth
-            for _, growth in layer_growth(
-                layer, sequences, num_exponents=count, warmup=warmup, qr_interval=qr_interval, dtype=dtype
-            )
-        ]
-        total = torch.cat([growth.total.sum(0) for growth in growths], -1)
-        spectrum = (total / growths[0].steps.sum(0).unsqueeze(-1)).clamp(min=EXPONENT_FLOOR)
+    with plain_arithmetic(keep_graph=differentiable), gathered(_layer(dynamics).module):
+        options: dict[str, Any] = {"num_exponents": num_exponents, "warmup": warmup, "qr_interval": qr_interval}
+        layer, sequences, dtype, count = read_arguments(dynamics, inputs, state, dtype=dtype, **options)
+        options["num_exponents"] = count
+        if differentiable:
+            growths = differentiable_layer_growth(layer, sequences, **options)
+        else:
+            growths = layer_growth(layer, sequences, dtype=dtype, **options)
+        total = torch.cat([growth.total.sum(0) for _, growth in growths], -1)
+        spectrum = (total / growths[0][1].steps.sum(0).unsqueeze(-1)).clamp(min=EXPONENT_FLOOR)
         return spectrum.sort(dim=-1, descending=True).values[:, :count].to(dtype)
+
+
+def differentiable_layer_growth(
+    layer: RecurrentLayer,
+    sequences: Sequences,
+    *,
+    num_exponents: int | None,
+    warmup: int,
+    qr_interval: int | Literal["auto"],
+) -> list[tuple[str, Growth]]:
+    """Return what :func:`layer_growth` does, with a graph to the parameters of the layer and to the sequences.
+
+    Raises:
+        ValueError: if the graph does not reach the parameters, or the network is not finite.
+    """
+
+    def growth(driven: DrivenCell) -> Growth:
+        size = driven.recurrence.state_size
+        return differentiable_growth(
+            driven.recurrence,
+            driven.inputs,
+            driven.state,
+            sequences.lengths,
+            num_exponents=size if num_exponents is None else min(num_exponents, size),
+            warmup=warmup,
+            qr_interval=qr_interval,
+        )
+
+    with plain_arithmetic(keep_graph=True):
+        growths = [(driven.name, growth(driven)) for driven in layer.drive(sequences)]
+    trainable = layer.module is not None and any(parameter.requires_grad for parameter in layer.module.parameters())
+    if trainable and torch.is_grad_enabled() and not any(growth.total.requires_grad for _, growth in growths):
+        raise ValueError(
+            f"`dynamics`, {type(layer.module).__name__}, is not differentiable: no graph leads from its state to its "
+            "parameters. Write its step without `detach`, `no_grad` and numpy."
+        )
+    return growths
 
 
 def layer_growth(
@@ -206,6 +255,27 @@ def _layer(dynamics: nn.Module | Callable[[Tensor, Tensor], Tensor]) -> Recurren
         raise TypeError(f"`dynamics` cannot be followed. {error}") from error
 
 
+def read_arguments(
+    dynamics: nn.Module | Callable[[Tensor, Tensor], Tensor],
+    inputs: Any,
+    state: Any,
+    *,
+    num_exponents: int | None = None,
+    warmup: int,
+    qr_interval: int | Literal["auto"],
+    dtype: torch.dtype | None = None,
+) -> tuple[RecurrentLayer, Sequences, torch.dtype, int]:
+    """Return the layer, sequences, dtype and number of exponents of the arguments of :func:`lyapunov_spectrum`.
+
+    Raises:
+        ValueError: if an argument has the wrong size or value; the message says what to write.
+        TypeError: if an argument is of the wrong type.
+    """
+    layer = _checked(_layer(dynamics), inputs, state)
+    sequences, dtype = _read(layer, inputs, state, dtype)
+    return layer, sequences, dtype, _check_options(layer, sequences, num_exponents, warmup, qr_interval)
+
+
 def _checked(layer: RecurrentLayer, inputs: Any, state: Any) -> RecurrentLayer:
     """Return the layer to follow: torch's formulas only where they give what the module's own forward gives."""
     if not isinstance(layer, CellLayer | StackedLayer) or not has_own_forward(layer.module):
@@ -215,7 +285,8 @@ def _checked(layer: RecurrentLayer, inputs: Any, state: Any) -> RecurrentLayer:
     frozen = frozen_copy(layer.module, layer.dtype)
     arguments = (inputs,) if state is None else (inputs, state)
     try:
-        check_closed_form(layer, arguments, {}, frozen(*arguments))
+        with torch.no_grad():
+            check_closed_form(layer, arguments, {}, frozen(*arguments))
     except NotFollowedError as error:
         raise ValueError(
             f"`dynamics` cannot be followed: the forward of {type(layer.module).__name__} is not torch's ({error}). "
@@ -245,11 +316,11 @@ def _check_options(
 ) -> int:
     """Raise a ValueError for options that do not fit the sequences; return the number of exponents."""
     total = sum(layer.state_sizes)
-    if num_exponents is not None and not _is_count(num_exponents, 1, total):
+    if num_exponents is not None and not is_count(num_exponents, 1, total):
         raise ValueError(
             f"`num_exponents={num_exponents}` must be from 1 to {total}, the size of the state, or None for all."
         )
-    if not _is_count(warmup, 0):
+    if not is_count(warmup, 0):
         raise ValueError(f"`warmup={warmup}` must be a number of steps, 0 or more.")
     shortest = int(sequences.lengths.min())
     if warmup >= shortest:
@@ -258,10 +329,11 @@ def _check_options(
             f"{'' if shortest == int(sequences.lengths.max()) else ' at least'}. "
             "Lower `warmup` or pass longer `inputs`."
         )
-    if not _is_count(qr_interval, 1) and not (isinstance(qr_interval, str) and qr_interval == "auto"):
+    if not is_count(qr_interval, 1) and not (isinstance(qr_interval, str) and qr_interval == "auto"):
         raise ValueError(f'`qr_interval={qr_interval!r}` must be "auto" or a number of steps, 1 or more.')
     return total if num_exponents is None else num_exponents
 
 
-def _is_count(value: Any, low: int, high: float = math.inf) -> bool:
+def is_count(value: Any, low: int, high: float = math.inf) -> bool:
+    """Return whether a value is an integer in a range, and no boolean."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class AutodiffRecurrence(Recurrence):
         self._step = step
         self.state_size = state_size
         self._strategies: list[Callable[[Tensor, Tensor, Tensor], Tensor]] = []
+        self._has_forward_mode = True
 
     def step(self, state: Tensor, inputs: Tensor) -> Tensor:
         return self._step(state.clone(), inputs.clone())  # a step may write over both
@@ -119,3 +121,21 @@ class AutodiffRecurrence(Recurrence):
                 ]
             frame = torch.stack(rows, -2) @ frame
         return frame
+
+    def push_with_graph(self, linearised: Sequence[Tensor], frame: Tensor) -> Tensor:
+        state, inputs = linearised
+        frame = frame.to(state.dtype)
+        if self._has_forward_mode:
+            try:
+                return self._push_by_forward_mode(state.unsqueeze(0), inputs.unsqueeze(0), frame)
+            except Exception:
+                self._has_forward_mode = False
+        with torch.inference_mode(False), torch.enable_grad():
+            before = state.clone() if state.requires_grad else state.clone().requires_grad_()
+            after = self.step(before, inputs)
+            if not after.requires_grad:  # this step forgets its state
+                return torch.zeros_like(frame)
+            options: dict[str, Any] = {"create_graph": True, "materialize_grads": True}
+            # The gradient of a sum over the members holds a row for each.
+            rows = [torch.autograd.grad(component.sum(), before, **options)[0] for component in after.unbind(-1)]
+        return torch.stack(rows, -2) @ frame

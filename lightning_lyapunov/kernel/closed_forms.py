@@ -67,12 +67,12 @@ class _ClosedForm(Recurrence):
 
 def _sigmoid_slope(x: Tensor) -> Tensor:
     """Return ``sigmoid'(x)`` to full relative accuracy, also where the gate is saturated."""
-    return x.sigmoid().mul_((-x).sigmoid_())
+    return x.sigmoid() * (-x).sigmoid()
 
 
 def _tanh_slope(x: Tensor) -> Tensor:
     """Return ``tanh'(x) = sech^2(x)``; ``1 - tanh(x)^2`` would lose every digit of it from ``|x| = 19`` on."""
-    return _sigmoid_slope(2 * x).mul_(4)
+    return 4 * _sigmoid_slope(2 * x)
 
 
 class RNNRecurrence(_ClosedForm):
@@ -97,6 +97,10 @@ class RNNRecurrence(_ClosedForm):
         for slope in linearised[0].to(frame.dtype).unsqueeze(-2):
             vectors = F.linear(vectors, weight).mul_(slope)
         return vectors.mT
+
+    def push_with_graph(self, linearised: Sequence[Tensor], frame: Tensor) -> Tensor:
+        (slope,) = linearised
+        return (F.linear(frame.mT, self.weight_hh) * slope.unsqueeze(-2)).mT
 
 
 class _GatedRecurrence(_ClosedForm):
@@ -176,10 +180,16 @@ class GRURecurrence(_GatedRecurrence):
 
     def linearise(self, states: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
         rz, gates, n, q = self._gates(states, self._drive(inputs))
-        shut = (-rz).sigmoid_()
+        shut = (-rz).sigmoid()
         (r, z), (r_slope, z_slope) = gates.chunk(2, -1), (gates * shut).chunk(2, -1)
-        through_n = _tanh_slope(n).mul_(shut.chunk(2, -1)[1])
-        return (through_n * q).mul_(r_slope), (states - n.tanh_()).mul_(z_slope), through_n.mul_(r), z
+        through_n = _tanh_slope(n) * shut.chunk(2, -1)[1]
+        return through_n * q * r_slope, (states - n.tanh()) * z_slope, through_n * r, z
+
+    def push_with_graph(self, linearised: Sequence[Tensor], frame: Tensor) -> Tensor:
+        through_r, through_z, through_n, keep = (factor.unsqueeze(-2) for factor in linearised)
+        vectors = frame.mT
+        r, z, n = F.linear(vectors, self.weight_hh).chunk(3, -1)
+        return (through_r * r + through_z * z + through_n * n + keep * vectors).mT
 
     def _form(self, dense: Tensor, weight: Tensor, *factors: Tensor) -> None:
         *through, keep = factors
@@ -248,6 +258,16 @@ class LSTMRecurrence(_GatedRecurrence):
             if self.weight_hr is not None:
                 vectors = torch.cat((self._project(u), next_cell), -1)
         return vectors
+
+    def push_with_graph(self, linearised: Sequence[Tensor], frame: Tensor) -> Tensor:
+        *through_cell, through_output, forget, expose = (factor.unsqueeze(-2) for factor in linearised)
+        hidden, cell = self._parts(frame.mT)
+        *to_cell, to_output = F.linear(hidden, self.weight_hh).chunk(4, -1)
+        next_cell = forget * cell
+        for factor, part in zip(through_cell, to_cell, strict=True):
+            next_cell = next_cell + factor * part
+        u = expose * next_cell + through_output * to_output
+        return torch.cat((self._project(u), next_cell), -1).mT
 
     def output(self, states: Tensor) -> Tensor:
         return states[..., : self.output_size]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_lyapunov.kernel.precision import widest_dtype
 
-__all__ = ["eliminate", "orthonormalise_cholesky", "orthonormalise_householder"]
+__all__ = ["decompose", "eliminate", "orthonormalise_cholesky", "orthonormalise_householder"]
 
 # Columns that one Cholesky factorisation takes; more are split, so that most of the work is in large products.
 _PANEL = 32
@@ -153,7 +153,7 @@ def orthonormalise_householder(pushed: Tensor, alive: Tensor) -> tuple[Tensor, T
     living = alive & finite.unsqueeze(-1)
     while True:
         vectors, lives, back = _living_first(pushed, living)
-        frame, r_diagonal, dead = _decompose(vectors)
+        frame, r_diagonal, dead = decompose(vectors)
         dead &= lives
         # The first that is dead, if one behind it is not: what was left of those behind it may be too little.
         before = dead.cumsum(-1)
@@ -167,7 +167,7 @@ def orthonormalise_householder(pushed: Tensor, alive: Tensor) -> tuple[Tensor, T
     return _columns(frame, back), r_diagonal.log(), log_condition, living, finite
 
 
-def _decompose(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def decompose(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return an orthonormal frame, how much of each vector is left beside the ones before it, and which are dead.
 
     The rows are sorted by their size first: the error in a row is then that of its own size (Cox & Higham, Stability of

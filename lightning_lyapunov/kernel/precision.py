@@ -20,14 +20,17 @@ def widest_dtype(device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def plain_arithmetic() -> Iterator[None]:
-    """Compute without gradients, without autocast and with full float32 products, and restore every setting.
+def plain_arithmetic(*, keep_graph: bool = False) -> Iterator[None]:
+    """Compute without autocast, with full float32 products and without gradients, and restore every setting.
+
+    With ``keep_graph`` the mode of the caller decides on gradients.
 
     Products in TF32 keep 10 bits, too few for the log-conditions that are accepted in float32. Tensors that are made
     without a device or a dtype come as torch makes them by default: on the CPU, in float32.
     """
     with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
+        if not keep_graph:
+            stack.enter_context(torch.no_grad())
         for device in filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps")):
             stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(_full_float32)

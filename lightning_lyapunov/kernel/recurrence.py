@@ -45,6 +45,15 @@ class Recurrence(ABC):
             ``(batch, state_size, num_exponents)``, in the dtype that was used.
         """
 
+    @abstractmethod
+    def push_with_graph(self, linearised: Sequence[Tensor], frame: Tensor) -> Tensor:
+        """Return the tangent vectors after one step, ``J frame``, with a graph that can be differentiated twice.
+
+        Args:
+            linearised: the parts of one step of what :meth:`linearise` returned, each ``(batch, ...)``.
+            frame: tangent vectors, ``(batch, state_size, num_exponents)``.
+        """
+
     def trajectory(self, inputs: Tensor, state: Tensor) -> Tensor:
         """Return the states after each step, ``(time, batch, state_size)``."""
         states = []

@@ -13,6 +13,7 @@ from lightning_lyapunov.layers.trees import flatten, unflatten
 __all__ = [
     "aliased_copy",
     "assign",
+    "attached_copy",
     "cast",
     "frozen_copy",
     "get_attribute",
@@ -36,6 +37,20 @@ def frozen_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         leaves, structure = flatten(value)
         assign(frozen, name, unflatten(structure, [cast(leaf, dtype) for leaf in leaves]))
     return frozen
+
+
+def attached_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a copy as :func:`frozen_copy` makes it, with the module's own parameters, cast, in the place of copies.
+
+    In a mode with gradients they keep their graph: what the copy returns can be differentiated by the parameters.
+    """
+    attached = frozen_copy(module, dtype)
+    for copied, part in zip(attached.modules(), module.modules(), strict=True):
+        own: dict[str, Any] = {name: cast(parameter, dtype) for name, parameter in part._parameters.items()}
+        copied._parameters.update(own)
+        if isinstance(copied, nn.RNNBase):
+            copied._flat_weights = [getattr(copied, name, None) for name in copied._flat_weights_names]
+    return attached
 
 
 def _deepcopy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:

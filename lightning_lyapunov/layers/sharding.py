@@ -31,7 +31,7 @@ def gathered(module: nn.Module | None) -> Iterator[None]:
     ]
     try:
         for table, name, value in spread:
-            table[name] = full_tensor(value)
+            table[name] = value.full_tensor() if torch.is_grad_enabled() else full_tensor(value)
         yield
     finally:
         for table, name, value in spread:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_lyapunov.kernel.closed_forms import GRURecurrence, LSTMRecurrence, RNNRecurrence
 from lightning_lyapunov.kernel.precision import widest_dtype
@@ -201,13 +203,14 @@ def _closed_form(module: nn.Module, mode: str, suffix: str, like: Tensor) -> Rec
         name = kind + suffix
         if parametrize.is_parametrized(module, name):
             # Reading it in training mode would change the module: the spectral norm then takes a power iteration.
-            value = copy.deepcopy(module.get_submodule(f"parametrizations.{name}")).eval()()
+            made = module.get_submodule(f"parametrizations.{name}")
+            value = copy.deepcopy(made, {id(parameter): parameter for parameter in made.parameters()}).eval()()
         elif hasattr(module, f"{name}_mask"):
             # A pruned weight is refreshed at the next forward; until then only its two factors are up to date.
             value = getattr(module, f"{name}_orig") * getattr(module, f"{name}_mask")
-        elif (value := getattr(module, name, None)) is None:
+        elif (value := _normalised(module, name)) is None and (value := getattr(module, name, None)) is None:
             return None
-        value = value.detach().to(like)
+        value = value.to(like)
         # A saturated gate would hide an infinite bias: a network that is not finite has no spectrum.
         return value.where(value.isfinite().all(), torch.nan)
 
@@ -217,6 +220,16 @@ def _closed_form(module: nn.Module, mode: str, suffix: str, like: Tensor) -> Rec
     if mode == "GRU":
         return GRURecurrence(*weights)
     return RNNRecurrence(*weights, nonlinearity=mode.removeprefix("RNN_").lower())
+
+
+def _normalised(module: nn.Module, name: str) -> Tensor | None:
+    """Return a weight that a hook of torch's older norms makes at each forward, made anew; None for any other."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm) and hook.name == name:
+            return hook.compute_weight(module)
+        if isinstance(hook, SpectralNorm) and hook.name == name:
+            return hook.compute_weight(module, do_power_iteration=False)
+    return None
 
 
 def _positional_names(forward: Callable[..., Any]) -> list[str]:

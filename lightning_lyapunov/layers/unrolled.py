@@ -341,6 +341,9 @@ class _MatrixRecurrence(Recurrence):
             frame = matrices @ frame.to(matrices.dtype)
         return frame
 
+    def push_with_graph(self, linearised: Sequence[Tensor], frame: Tensor) -> Tensor:
+        raise NotImplementedError("Its Jacobians are constants: they hold no graph to the weights.")
+
 
 def unroll(module: nn.Module, inputs: Tensor, run: Run, max_members: int) -> tuple[UnrolledLayer, Sequences] | None:
     """Return a module as a layer, with its sequences; None if its state cannot be found.
