@@ -31,7 +31,7 @@ in_processes = [
 
 
 @contextmanager
-def _in_time() -> Iterator[None]:
+def in_time() -> Iterator[None]:
     """Fail, and kill the processes, if these wait for one another for ever."""
 
     def give_up(*_: Any) -> None:
@@ -127,7 +127,7 @@ def fit_distributed(
     strategy = strategy(process_group_backend="gloo", timeout=timedelta(seconds=_SECONDS))
     monitor = LyapunovMonitor(every_n_train_steps=1, warmup=2, strict=True) if monitor is None else monitor
     options = {"data": series(2 * num_processes), "max_epochs": 1, **options}
-    with _in_time():
+    with in_time():
         fit(model, monitor, *callbacks, SaveResults(folder), devices=num_processes, strategy=strategy, **options)
     return [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(num_processes)]
 

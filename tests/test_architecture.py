@@ -169,3 +169,46 @@ def test_the_package_itself_only_collects_names():
     assert all(
         isinstance(node, ast.ImportFrom) or ast.unparse(node).startswith(("__all__", "__version__")) for node in rest
     )
+
+
+COLLECTIVES = {
+    "reduce",
+    "broadcast",
+    "reduce_boolean_decision",
+    "full_tensor",
+    "compute",
+    "barrier",
+    "all_gather",
+    "all_reduce",
+}
+
+
+def test_all_that_ranks_do_together_is_listed_in_one_place():
+    calls = {
+        (module, node.attr)
+        for module in TREES
+        if part(module) in ("callbacks", "layers", "recording", "kernel", "reporting")
+        for node in ast.walk(TREES[module])
+        if isinstance(node, ast.Attribute) and node.attr in COLLECTIVES
+    }
+    assert calls == {
+        ("callbacks.measurement", "reduce"),
+        ("callbacks.measurement", "compute"),
+        ("callbacks.run", "broadcast"),
+        ("callbacks.stopping", "reduce_boolean_decision"),
+        ("layers.sharding", "full_tensor"),
+    }
+    users = {module for module in TREES if "full_tensor" in names_in_code(module)}
+    assert users == {"layers.sharding", "layers.custom", "recording.recorder"}
+    listed = ast.get_docstring(TREES["callbacks.ranks"])
+    names = (
+        "reduce``",
+        "compute",
+        "broadcast",
+        "reduce_boolean_decision",
+        "full_tensor",
+        "gathered",
+        "custom",
+        "recorder",
+    )
+    assert all(name in listed for name in names)

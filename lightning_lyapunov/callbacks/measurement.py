@@ -19,13 +19,17 @@ from lightning_lyapunov.recording.cells import NotFollowedError
 from lightning_lyapunov.recording.reading import Followed, follow
 from lightning_lyapunov.recording.recorder import RecordedCalls
 
-__all__ = ["CellMetrics", "Measurement", "Options"]
+__all__ = ["MAX_REPEATS", "CellMetrics", "Measurement", "Options"]
 
 CellMetrics: TypeAlias = dict[str, dict[str, Tensor]]
 """For each cell its metrics, as :class:`~lightning_lyapunov.metrics.LyapunovSummary` computes them."""
 
 # What a window from a state of zeros needs before its largest exponent is that of the long run: see the benchmarks.
 _WARMUP = 50
+MAX_REPEATS = 3
+"""How many measurements of a layer that no rank calls any more repeat its last values, before these are NaN."""
+
+_REPEATED = f"Its last values are repeated in up to {MAX_REPEATS} measurements; after these they are NaN."
 # A single sequence is cut into so many segments: its error then comes from them.
 _SEGMENTS = 8
 
@@ -81,6 +85,7 @@ class Measurement:
         self._cell_names = {name: found.cell_names for name, found in layers.items()}
         self._state_sizes = {name: found.state_sizes for name, found in layers.items()}
         self._followed: dict[str, Followed] = {}
+        self._error: Exception | None = None
 
     def metrics(
         self,
@@ -103,8 +108,19 @@ class Measurement:
                 outcome = self._outcome(
                     name, found.module, None if calls is None else calls.get(name), errors.get(name), calls is None
                 )
+                if isinstance(outcome, _NotCalled):
+                    self._followed.pop(name, None)
                 cells.update(self._reduce(name, outcome, strategy))
+        if self._error is not None:
+            raise self._error
         return cells
+
+    def forget_all_but(self, model: nn.Module) -> None:
+        """Forget the sequences of the layers that are not in a model any more."""
+        modules = list(model.modules())
+        for name, found in self._layers.items():
+            if not any(found.module is module for module in modules):
+                self._followed.pop(name, None)
 
     def _reduce(self, name: str, outcome: "_Measured | _NotCalled | _Failed", strategy: Any) -> CellMetrics:
         """Return the metrics of each cell of a layer. Every rank joins the reduction, even without samples."""
@@ -113,7 +129,8 @@ class Measurement:
             outcome = _NotCalled()
         for index, cell in enumerate(self._cell_names[name]):
             count = self._num_exponents_of(name, index, outcome, strategy)
-            metrics = LyapunovSummary(count).to("cpu" if device.type == "mps" else device)
+            alone = getattr(strategy, "world_size", 1) == 1  # also where the process group is somebody else's
+            metrics = LyapunovSummary(count, sync_on_compute=not alone).to("cpu" if device.type == "mps" else device)
             metrics.update(*_samples(outcome, index, count))
             measured[f"{name}.{cell}" if len(self._cell_names[name]) > 1 else name] = metrics.compute()
         return measured
@@ -138,8 +155,9 @@ class Measurement:
                 if again or calls is not None:
                     return self._measured(name) if name in self._followed else _NotCalled()
         except Exception as error:
-            if self._options.strict:
-                raise
+            if self._options.strict:  # raised when the other ranks, which may have no error, do not wait any more
+                self._error = self._error or error
+                return _Failed()
             what = str(error) if isinstance(error, NotFollowedError) else f"{type(error).__name__}: {error}"
             self._warn(
                 f"{name} could not be measured",
@@ -151,10 +169,10 @@ class Measurement:
             message = (
                 f"The recurrent layer `{name}` was not called as a module in a training step, but its weights have "
                 "gradients: something calls its `forward`, or uses its weights, or it is compiled with others as one "
-                "graph. Call the module itself. Its last values are repeated."
+                f"graph. Call the module itself. {_REPEATED}"
             )
         else:
-            message = f"The recurrent layer `{name}` was not called in a training step. Its last values are repeated."
+            message = f"The recurrent layer `{name}` was not called in a training step. {_REPEATED}"
         self._warn(f"{name} was not called", message)
         return _NotCalled()
 

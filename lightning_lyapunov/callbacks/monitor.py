@@ -8,20 +8,17 @@ import torch
 from torch import Tensor
 
 from lightning_lyapunov.callbacks.guard import guarded
-from lightning_lyapunov.callbacks.host import AnyCallback
-from lightning_lyapunov.callbacks.publish import Estimate, logger_step
-from lightning_lyapunov.callbacks.run import Run, failure_message
-from lightning_lyapunov.callbacks.schedule import Progress
-from lightning_lyapunov.callbacks.warn_once import WarnOnce
+from lightning_lyapunov.callbacks.publish import Estimate
+from lightning_lyapunov.callbacks.run import Run
+from lightning_lyapunov.callbacks.trainer_hooks import TrainerHooks
 from lightning_lyapunov.functional import layer_growth
-from lightning_lyapunov.layers.discovery import find_layers
 from lightning_lyapunov.reporting.figure import history_figure
 from lightning_lyapunov.reporting.history import History, save_table
 
 __all__ = ["LyapunovMonitor"]
 
 
-class LyapunovMonitor(AnyCallback):  # type: ignore[misc]
+class LyapunovMonitor(TrainerHooks):
     r"""Log the Lyapunov spectrum of the recurrent layers of a model while it trains.
 
     The monitor measures at the first training batch, and by default at the end of every epoch. On such a batch it
@@ -30,7 +27,12 @@ class LyapunovMonitor(AnyCallback):  # type: ignore[misc]
     random numbers, computes no gradients of the model and leaves no hook behind.
 
     ``EarlyStopping`` and ``ModelCheckpoint`` find ``"lyapunov/max"`` whatever their settings and their place in the
-    list of callbacks, because it is there from the first training batch on.
+    list of callbacks, because it is there from the first training batch on. With several ranks, all measure after the
+    same optimizer step, from the first one on. Their epochs may differ in length: those of rank 0 count, and where the
+    data do not tell how long they are, a measurement may come some steps after the end of one.
+
+    Only calls in the trainer's own step are data, not those of other callbacks. A layer that is not called any more, or
+    was replaced by another one, repeats its last values in up to three measurements, with a warning; then they are NaN.
 
     Args:
         modules: dotted name or names of the layers to watch, as in ``named_modules()``; None for every recurrent layer.
@@ -129,95 +131,6 @@ class LyapunovMonitor(AnyCallback):  # type: ignore[misc]
         """
         return self._history.tensors()
 
-    # While a model trains. Every hook of the trainer is `guarded`: that is the one place in which its errors end.
-
-    @guarded(passes=(ValueError,))
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Find the layers. Guarded, but for the errors of `modules`, which name nothing that can be measured."""
-        self._start_run(trainer, pl_module)
-
-    @guarded()
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Let the training step be recorded, if a measurement is due after it. Guarded."""
-        run = self._run_of(trainer)
-        if run and run.schedule.record_batch(_progress(trainer)):
-            run.record(trainer.strategy, "training_step")
-
-    @guarded()
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Measure, if it is due and the step was recorded. Guarded; what was recorded is dropped in any case."""
-        run = self._run_of(trainer)
-        if run and run.next_step is not None:
-            with run.recorded():
-                if run.schedule.measure_batch(_progress(trainer)):
-                    self.estimates = run.measure(trainer, logger_step(trainer))
-
-    @guarded()
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Measure on the last sequences, if that is due and the last batch was not foreseen. Guarded."""
-        if run := self._run_of(trainer):
-            run.stop()
-            if run.schedule.measure_epoch(_progress(trainer)):
-                # No batch was recorded for it: the sequences of the last measurement serve again.
-                self.estimates = run.measure(trainer, logger_step(trainer, epoch_ended=True), again=True)
-
-    # `trainer.validate` and `trainer.test`: once, at the first batch.
-
-    @guarded(passes=(ValueError,))
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Find the layers in `trainer.validate`. Guarded as `on_fit_start`."""
-        if trainer.state.fn == "validate":
-            self._start_run(trainer, pl_module)
-
-    @guarded(passes=(ValueError,))
-    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        """Find the layers. Guarded as `on_fit_start`."""
-        self._start_run(trainer, pl_module)
-
-    @guarded()
-    def on_validation_batch_start(self, trainer: Any, *_: Any) -> None:
-        """Let the first step of `trainer.validate` and `trainer.test` be recorded. Guarded."""
-        run = self._run_of(trainer)
-        if run and trainer.state.fn != "fit" and run.schedule.measured_step is None:
-            run.record(trainer.strategy, "test_step" if trainer.state.fn == "test" else "validation_step")
-
-    @guarded()
-    def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
-        """Measure, if the step was recorded. Guarded as `on_train_batch_end`."""
-        run = self._run_of(trainer)
-        if trainer.state.fn != "fit" and run and run.next_step is not None:
-            with run.recorded():
-                self.estimates = run.measure(trainer, logger_step(trainer))
-
-    on_test_batch_start = on_validation_batch_start
-    on_test_batch_end = on_validation_batch_end
-
-    @guarded()
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Forget the run. Guarded. It may not come at all: nothing that this removes outlasts a step."""
-        self._end_run(trainer)
-
-    @guarded()
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Forget the run. Guarded."""
-        self._end_run(trainer)
-
-    def _give_up(self, hook: str, error: Exception) -> None:
-        run = self._run
-        run._give_up(hook, error) if run else WarnOnce()(hook, failure_message(hook, error))
-
-    def _start_run(self, trainer: Any, pl_module: Any) -> None:
-        Run.start(self, trainer, find_layers(pl_module, self.modules), self._history)
-
-    def _run_of(self, trainer: Any) -> Run | None:
-        run = self._run
-        return run if run is not None and run.trainer() is trainer else None
-
-    def _end_run(self, trainer: Any) -> None:
-        if run := self._run_of(trainer):
-            run.stop()
-            self._run = None
-
     # Afterwards
 
     def save_history(self, path: str | Path) -> None:
@@ -293,10 +206,6 @@ def _state_of(monitor: LyapunovMonitor, callbacks: Sequence[Any], states: dict[s
             return states[found[0]]
         left = [key for key in left if key not in found[:1]]
     return None
-
-
-def _progress(trainer: Any) -> Progress:
-    return Progress(trainer.global_step, trainer.current_epoch, trainer.is_last_batch)
 
 
 def _check_at_least(low: int, **arguments: Any) -> None:

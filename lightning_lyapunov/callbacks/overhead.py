@@ -60,12 +60,13 @@ class Overhead:
         self._synchronize()
         return perf_counter()
 
-    def batches_to_wait(self, share: float) -> int:
+    def batches_to_wait(self, share: float, done: int) -> int:
         """Return after how many batches, of their mean time so far, one more measurement fits in ``share``.
 
-        The measurement is taken to last as long as the last one. The answer is at most the number of batches so far.
+        The measurement is taken to last as long as the last one. The answer is at most the number of batches so far,
+        ``done``.
         """
-        done, elapsed = self.num_batches - 1, perf_counter() - self._start
+        elapsed = perf_counter() - self._start
         missing = (self._spent + self._last) / share - self._last - elapsed
         if missing <= 0:
             return 0

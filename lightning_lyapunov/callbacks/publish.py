@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lyapunov.callbacks.measurement import CellMetrics
+from lightning_lyapunov.callbacks.measurement import MAX_REPEATS, CellMetrics
 from lightning_lyapunov.callbacks.warn_once import WarnOnce
 from lightning_lyapunov.confidence import student_t_quantile
 from lightning_lyapunov.reporting.history import History
 from lightning_lyapunov.reporting.loggers import log_spectra
 
-__all__ = ["Estimate", "Publisher", "logger_step"]
+__all__ = ["Estimate", "Publisher", "logger_step", "metrics_of"]
 
 _LOGGED = (
     "max",
@@ -59,6 +59,16 @@ def logger_step(trainer: Any, *, epoch_ended: bool = False) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped - epoch_ended
 
 
+def metrics_of(trainer: Any) -> dict[str, Tensor]:
+    """Return the dictionary behind ``trainer.callback_metrics``.
+
+    Reading the property computes what others have logged for the epoch, maybe before they have updated it, and lets the
+    ranks wait for one another where it is reduced.
+    """
+    connector = trainer._logger_connector
+    return connector._callback_metrics if hasattr(connector, "_callback_metrics") else trainer.callback_metrics
+
+
 class Publisher:
     """Publish measurements on every rank, and once to each logger.
 
@@ -85,6 +95,7 @@ class Publisher:
         self._history, self._warn = history, warn
         self._log_spectrum, self._log_band, self._strict = log_spectrum, log_band, strict
         self._latest: CellMetrics = {}
+        self._repeats: dict[str, int] = {}
         self._measured: dict[str, Estimate] = {}
         self.estimates: dict[str, Estimate] = {}
 
@@ -114,7 +125,7 @@ class Publisher:
         )
 
         device = trainer.strategy.root_device
-        trainer.callback_metrics.update({key: value.float().to(device) for key, value in scalars.items()})
+        metrics_of(trainer).update({key: value.float().to(device) for key, value in scalars.items()})
         numbers = {key: float(value) for key, value in scalars.items()}
         for logger in trainer.loggers:
             with self._guard(logger, "did not take the numbers"):
@@ -123,13 +134,18 @@ class Publisher:
             self._log_pictures(trainer.loggers, list(cells), step, worst)
 
     def _update(self, cell: str, metrics: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """Return the metrics to publish of a cell: the last ones, where it was not called on any rank."""
-        if metrics["num_sequences"] == 0:
-            metrics = self._latest.get(cell, metrics)
-        # A layer that was not called or not measured must not end a run; NaN in one that was is the network's own.
-        elif metrics["num_sequences"] > 0:
+        """Return the metrics to publish of a cell: for a while the last ones, where it was not called on any rank."""
+        if metrics["num_sequences"] > 0:
+            self._repeats[cell] = 0
+            # A layer that was not called or not measured must not end a run; NaN in one that was is the network's own.
             values = float(metrics["max"]), float(metrics["max_stderr"]), int(metrics["num_sequences"])
             self._measured[f"lyapunov/{cell}/max"] = Estimate(*values, layer=cell, step=step)
+        else:
+            self._repeats[cell] = self._repeats.get(cell, 0) + 1
+            if self._repeats[cell] > MAX_REPEATS:
+                self._measured.pop(f"lyapunov/{cell}/max", None)
+            elif metrics["num_sequences"] == 0:
+                metrics = self._latest.get(cell, metrics)
         self._latest[cell] = metrics
         return metrics
 

@@ -11,8 +11,10 @@ from lightning_lyapunov.callbacks.guard import guarded
 from lightning_lyapunov.callbacks.measurement import Measurement, Options
 from lightning_lyapunov.callbacks.next_step import NextStep
 from lightning_lyapunov.callbacks.overhead import Overhead
-from lightning_lyapunov.callbacks.publish import Estimate, Publisher
-from lightning_lyapunov.callbacks.schedule import Schedule
+from lightning_lyapunov.callbacks.publish import Publisher
+from lightning_lyapunov.callbacks.ranks import CommonSchedule
+from lightning_lyapunov.callbacks.schedule import Progress, Schedule
+from lightning_lyapunov.callbacks.step_recorder import StepRecorder
 from lightning_lyapunov.callbacks.warn_once import WarnOnce
 from lightning_lyapunov.layers.discovery import FoundLayer
 from lightning_lyapunov.recording.hooks import beside_modes
@@ -27,6 +29,7 @@ _BUSY = (
     "This `LyapunovMonitor` measures another run, which has not ended. It goes on with that one, and this one is not "
     "measured. Give each trainer a monitor of its own."
 )
+_LEFT = "The ranks of this run do not train together to its end. No more is measured; the last Lyapunov exponents stay."
 
 
 def failure_message(hook: str, error: Exception) -> str:
@@ -50,7 +53,7 @@ class Run:
 
     trainer: weakref.ReferenceType[Any]
     recorder: Recorder
-    schedule: Schedule
+    schedule: Schedule | CommonSchedule
     measurement: Measurement
     publisher: Publisher
     overhead: Overhead
@@ -60,7 +63,9 @@ class Run:
     next_step: NextStep | None = None
 
     @classmethod
-    def start(cls, monitor: Any, trainer: Any, layers: Mapping[str, FoundLayer], history: History) -> None:
+    def start(
+        cls, monitor: Any, trainer: Any, pl_module: Any, layers: Mapping[str, FoundLayer], history: History
+    ) -> None:
         """Give a monitor its run.
 
         One that goes on around this one, or in another thread, stays and is still measured, and this one is not.
@@ -68,12 +73,11 @@ class Run:
         warn, overhead = WarnOnce(), Overhead(trainer.strategy.root_device)
         limits = monitor.num_sequences, monitor.max_steps
         how = monitor.num_exponents, monitor.warmup, monitor.qr_interval, monitor.dtype, monitor.strict
-        when = monitor.every_n_epochs, monitor.every_n_train_steps, monitor.max_overhead
         logged = {"log_spectrum": monitor.log_spectrum, "log_band": monitor.log_band, "strict": monitor.strict}
         run = cls(
             trainer=weakref.ref(trainer),
-            recorder=Recorder(layers, *limits),
-            schedule=Schedule(*when, overhead, trainer.strategy.broadcast),
+            recorder=StepRecorder(pl_module, layers, *limits),
+            schedule=_schedule(monitor, trainer, pl_module, overhead),
             measurement=Measurement(layers, Options(*limits, *how), warn, monitor.growth_of),
             publisher=Publisher(history, warn, **logged),
             overhead=overhead,
@@ -118,21 +122,34 @@ class Run:
         """Take the hooks from the layers, at the end of a step, also after an error. Guarded."""
         self.recorder.stop()
 
-    def measure(self, trainer: Any, step: int, *, again: bool = False) -> dict[str, Estimate]:
+    def end_batch(self, trainer: Any, progress: Progress, step: int) -> None:
+        """Measure at the end of a batch, if that is due, and let the ranks agree on what is next."""
+        try:
+            if self.schedule.measure_batch(progress):
+                self.measure(trainer, step)
+        finally:  # also after an error that the other ranks may not have had
+            self._agree(progress)
+
+    def measure(self, trainer: Any, step: int, *, again: bool = False) -> None:
         """Measure and publish at a step of the loggers, from the recorded calls or ``again`` from the last ones."""
         self.schedule.measured(trainer.global_step)
         with beside_modes(), self.overhead.measurement():
             calls = None if again else self.recorder.take()
-            cells = self.measurement.metrics(calls, self.recorder.errors, trainer.strategy, self.overhead)
+            try:
+                cells = self.measurement.metrics(calls, self.recorder.errors, trainer.strategy, self.overhead)
+            except RuntimeError as error:
+                if self.strict or trainer.world_size == 1:
+                    raise
+                self._warn_of_ranks(error)
+                return
             self.publisher.publish(trainer, cells, step)
         if not self.has_budget and trainer.is_global_zero and (message := self.overhead.warning_message()):
             self.warn("overhead", message)
-        return self.publisher.estimates
 
-    def _give_up(self, hook: str, error: Exception) -> None:
-        """Record no more in this batch, and warn."""
-        self.stop()
-        self.warn(f"{hook} failed", failure_message(hook, error))
+    def join(self, trainer: Any, step: int) -> None:
+        """Take part in the measurement of the other ranks, without a batch."""
+        if trainer.world_size > 1 and self.schedule.measured_step is None:
+            self.measure(trainer, step, again=True)
 
     def stop(self) -> None:
         """Record no more, and forget what was recorded in the current batch."""
@@ -141,3 +158,27 @@ class Run:
         self.next_step = None
         self.recorder.stop()
         self.recorder.forget()
+
+    def _give_up(self, hook: str, error: Exception) -> None:
+        """Record no more in this batch, and warn."""
+        self.stop()
+        self.warn(f"{hook} failed", failure_message(hook, error))
+
+    def _agree(self, progress: Progress) -> None:
+        try:
+            self.schedule.end_batch(progress)
+        except RuntimeError as error:
+            if self.strict:
+                raise
+            self._warn_of_ranks(error)
+
+    def _warn_of_ranks(self, error: RuntimeError) -> None:
+        self.warn("ranks", f"{_LEFT} {type(error).__name__}: {error}")
+
+
+def _schedule(monitor: Any, trainer: Any, pl_module: Any, overhead: Overhead) -> Schedule | CommonSchedule:
+    options = monitor.every_n_epochs, monitor.every_n_train_steps, monitor.max_overhead, overhead
+    if trainer.world_size == 1:
+        return Schedule(*options)
+    shared = {"broadcast": trainer.strategy.broadcast, "is_first": trainer.is_global_zero}
+    return CommonSchedule(*options, **shared, automatic=pl_module.automatic_optimization)

@@ -1,6 +1,6 @@
 """When a measurement is due, and whether the budget of time allows it."""
 
-from collections.abc import Callable
+import math
 from typing import NamedTuple
 
 from lightning_lyapunov.callbacks.overhead import Overhead
@@ -15,15 +15,23 @@ class Progress(NamedTuple):
         global_step: the optimizer steps taken so far.
         epoch: the current epoch, from 0.
         is_last_batch: whether the current batch is the last one of its epoch.
+        batch: the batches of the epoch before the current one.
+        num_batches: the batches of an epoch; infinite if that is not known.
+        accumulate: the batches of an optimizer step.
+        max_steps: the optimizer steps of the fit; -1 if they are not limited.
     """
 
     global_step: int
     epoch: int
     is_last_batch: bool
+    batch: int = 0
+    num_batches: float = math.inf
+    accumulate: int = 1
+    max_steps: int = -1
 
 
 class Schedule:
-    """Decide which batches are recorded and measured. It needs no trainer: a :class:`Progress` comes in.
+    """Decide which batches are recorded and measured, where one rank alone trains. A :class:`Progress` comes in.
 
     The first batch is always due. A measurement that does not fit in the budget waits for the first batch at which it
     does, that of an epoch's end for one of a later epoch.
@@ -33,7 +41,6 @@ class Schedule:
         every_n_train_steps: a measurement is due every so many optimizer steps; None for none of these.
         max_overhead: the largest share of the time that measuring may take; None for any.
         overhead: the clock.
-        broadcast: returns the number of rank 0, whose clock decides for all ranks.
 
     Attributes:
         measured_step: the optimizer step of the last measurement; None before the first.
@@ -45,19 +52,20 @@ class Schedule:
         every_n_train_steps: int | None,
         max_overhead: float | None,
         overhead: Overhead,
-        broadcast: Callable[[int], int] = lambda number: number,
     ) -> None:
         self._every_n_epochs, self._every_n_train_steps = every_n_epochs, every_n_train_steps
-        self._max_overhead, self._overhead, self._broadcast = max_overhead, overhead, broadcast
+        self._max_overhead, self._overhead = max_overhead, overhead
         self.measured_step: int | None = None
         # The end of an epoch that has not been measured yet, and the batch before which no measurement fits.
         self._epoch_pending, self._decide_at = False, 0
         # Where a recorded batch started, and the most optimizer steps that one took.
-        self._recorded_from, self._steps_per_batch = 0, 1
+        self._recorded_from: int | None = None
+        self._steps_per_batch = 1
 
     def record_batch(self, progress: Progress) -> bool:
         """Count a batch that starts; return whether to record it, because a measurement will be due at its end."""
         self._overhead.start_batch()
+        self._recorded_from = None
         if not self._is_due(progress, progress.global_step + self._steps_per_batch):
             return False
         if self._within_budget():
@@ -67,9 +75,15 @@ class Schedule:
         return False
 
     def measure_batch(self, progress: Progress) -> bool:
-        """Return whether to measure at the end of a recorded batch."""
+        """Return whether to measure at the end of a batch."""
+        if self._recorded_from is None:
+            return False
         self._steps_per_batch = max(self._steps_per_batch, progress.global_step - self._recorded_from)
+        self._recorded_from = None
         return self._is_due(progress, progress.global_step)
+
+    def end_batch(self, progress: Progress) -> None:
+        """Do nothing: there is no other rank to agree with."""
 
     def measure_epoch(self, progress: Progress) -> bool:
         """Return whether to measure after an epoch: where it was cut short, its last batch was not foreseen."""
@@ -99,11 +113,10 @@ class Schedule:
         return self._every_n_epochs is not None and (progress.epoch + 1) % self._every_n_epochs == 0
 
     def _within_budget(self) -> bool:
-        """Return whether a due measurement fits in the budget, the same on every rank."""
+        """Return whether a due measurement fits in the budget."""
         if self._max_overhead is None or self.measured_step is None:
             return True
         batch = self._overhead.num_batches
         if batch >= self._decide_at:
-            # All ranks count the batches to wait instead of asking rank 0 at each.
-            self._decide_at = batch + self._broadcast(self._overhead.batches_to_wait(self._max_overhead))
+            self._decide_at = batch + self._overhead.batches_to_wait(self._max_overhead, batch - 1)
         return batch >= self._decide_at

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_lyapunov.callbacks.host import AnyCallback, EarlyStoppingReason
 from lightning_lyapunov.callbacks.monitor import LyapunovMonitor
-from lightning_lyapunov.callbacks.publish import Estimate
+from lightning_lyapunov.callbacks.publish import Estimate, metrics_of
 from lightning_lyapunov.confidence import student_t_quantile
 
 __all__ = ["InstabilityStopping"]
@@ -123,7 +123,7 @@ class InstabilityStopping(EarlyStopping, AnyCallback):  # type: ignore[misc]
         found = [estimates[self.monitor] for estimates in measured if self.monitor in estimates]
         if measured and not found:
             # A layer that has not been called yet is published, and no estimate.
-            available = [key for key in trainer.callback_metrics if re.fullmatch("lyapunov/(.+/)?max", key)]
+            available = [key for key in metrics_of(trainer) if re.fullmatch("lyapunov/(.+/)?max", key)]
             if self.monitor not in available:
                 names = "`, `".join(available)
                 raise ValueError(f"`monitor={self.monitor!r}` is not measured. Write one of `{names}`.")
