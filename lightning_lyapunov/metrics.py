@@ -130,7 +130,7 @@ class MaximalLyapunovExponent(_ScalarMetric):
 
     @staticmethod
     def read(estimates: Estimates) -> Tensor:
-        return estimates.spectrum[0]
+        return estimates.spectrum[..., 0]
 
 
 class MaximalLyapunovStandardError(_ScalarMetric):
@@ -153,7 +153,7 @@ class MaximalLyapunovStandardError(_ScalarMetric):
 
     @staticmethod
     def read(estimates: Estimates) -> Tensor:
-        return estimates.stderr[0]
+        return estimates.stderr[..., 0]
 
 
 class MeanLyapunovExponent(_ScalarMetric):
@@ -174,7 +174,7 @@ class MeanLyapunovExponent(_ScalarMetric):
 
     @staticmethod
     def read(estimates: Estimates) -> Tensor:
-        return estimates.spectrum.mean()
+        return estimates.spectrum.mean(-1)
 
 
 class KaplanYorkeDimension(_ScalarMetric):
@@ -261,7 +261,7 @@ class NumFlooredExponents(_ScalarMetric):
     @staticmethod
     def read(estimates: Estimates) -> Tensor:
         spectrum = estimates.spectrum
-        return (spectrum <= EXPONENT_FLOOR).float().sum().masked_fill(spectrum.isnan().any(), math.nan)
+        return (spectrum <= EXPONENT_FLOOR).float().sum(-1).masked_fill(spectrum.isnan().any(-1), math.nan)
 
 
 class NumSequences(_ScalarMetric):
@@ -324,7 +324,7 @@ class Log10GradientGain(_ScalarMetric):
 
     @staticmethod
     def read(estimates: Estimates) -> Tensor:
-        return estimates.spectrum[0] * estimates.steps / math.log(10)
+        return estimates.spectrum[..., 0] * estimates.steps / math.log(10)
 
 
 class MemorySteps(_ScalarMetric):
@@ -350,7 +350,7 @@ class MemorySteps(_ScalarMetric):
 
     @staticmethod
     def read(estimates: Estimates) -> Tensor:
-        return torch.minimum(1 / estimates.spectrum[0].abs(), estimates.steps)
+        return torch.minimum(1 / estimates.spectrum[..., 0].abs(), estimates.steps)
 
 
 class ShareNearZero(_ScalarMetric):
@@ -374,8 +374,8 @@ class ShareNearZero(_ScalarMetric):
 
     @staticmethod
     def read(estimates: Estimates) -> Tensor:
-        folds = estimates.spectrum.abs() * estimates.steps
-        return (folds < 1).to(folds).mean().masked_fill(folds.isnan().any(), math.nan)
+        folds = estimates.spectrum.abs() * estimates.steps.unsqueeze(-1)
+        return (folds < 1).to(folds).mean(-1).masked_fill(folds.isnan().any(-1), math.nan)
 
 
 _SUMMARY: dict[str, type[SpectrumMetric]] = {

@@ -16,8 +16,8 @@ class Estimates(NamedTuple):
     """Exponents and their standard errors.
 
     Attributes:
-        spectrum: nats per step, ``(num_exponents,)``, largest first.
-        stderr: standard errors in the same order, ``(num_exponents,)``.
+        spectrum: nats per step, ``(..., num_exponents)``, largest first; of several cells they stand in front.
+        stderr: standard errors in the same order, ``(..., num_exponents)``.
         samples: the number of sequences, or segments of one.
         steps: the mean number of averaged steps of a sequence.
         total_steps: the number of averaged steps of all of them.
@@ -78,29 +78,35 @@ class SpectrumMetric(Metric):
                 f"Expected argument `spectrum` to be of shape (batch, {self.num_exponents}) "
                 f"but got {tuple(spectrum.shape)}."
             )
+        self.add(spectrum, steps, segments)
+
+    def add(self, spectrum: Tensor, steps: Tensor | float, segments: Tensor | int) -> None:
+        """Add spectra as :meth:`update`, of one cell or several: ``(..., batch, num_exponents)``.
+
+        ``steps`` and ``segments`` are numbers that can be expanded to ``(..., batch)``.
+        """
         spectrum = spectrum.detach().to(self.moments)
-        steps = (
-            torch.as_tensor(steps, device=self.moments.device)
-            .to(self.moments)
-            .expand(len(spectrum))
-            .unsqueeze(-1)
-            .expand_as(spectrum)
-        )
+        steps, segments = (self._expanded(numbers, spectrum) for numbers in (steps, segments))
         growth = spectrum.masked_fill(spectrum <= EXPONENT_FLOOR, -math.inf) * steps
         ones = torch.ones_like(steps)
-        rows = torch.stack((growth, growth.square(), growth * steps, steps, steps.square(), ones, ones / segments))
-        self.moments += rows.masked_fill(steps <= 0, 0).sum(1)
+        rows = growth, growth.square(), growth * steps, steps, steps.square(), ones, ones / segments
+        self.moments += torch.stack(rows, -3).masked_fill((steps <= 0).unsqueeze(-3), 0).sum(-2)
+
+    def _expanded(self, numbers: Tensor | float, spectrum: Tensor) -> Tensor:
+        numbers = torch.as_tensor(numbers, device=self.moments.device).to(self.moments)
+        return numbers.expand(spectrum.shape[:-1]).unsqueeze(-1).expand_as(spectrum)
 
     def estimates(self) -> Estimates:
         """Return the mean spectrum and its standard errors; NaN before the first update."""
-        growth, growth_sq, growth_steps, steps, steps_sq, count, sequences = self.moments
+        growth, growth_sq, growth_steps, steps, steps_sq, count, sequences = self.moments.unbind(-2)
         mean = growth / steps
         deviations = (growth_sq - 2 * mean * growth_steps + mean.square() * steps_sq).clamp(min=0)
         stderr = (deviations * count / (count - 1)).sqrt() / steps
         stderr = stderr.masked_fill(count < 2, math.nan).masked_fill(mean.isneginf(), 0)
-        spectrum, order = mean.clamp(min=EXPONENT_FLOOR).sort(descending=True)
+        spectrum, order = mean.clamp(min=EXPONENT_FLOOR).sort(dim=-1, descending=True)
         samples = count.masked_fill(steps.isnan(), math.nan)
-        return Estimates(spectrum, stderr[order], samples[0], (steps / sequences)[0], steps[0])
+        numbers = samples, steps / sequences, steps
+        return Estimates(spectrum, stderr.gather(-1, order), *(number[..., 0] for number in numbers))
 
     def compute(self) -> Any:
         """Return the value of the metric; NaN before the first update."""

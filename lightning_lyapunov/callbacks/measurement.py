@@ -3,26 +3,23 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lyapunov.callbacks.overhead import Overhead
+from lightning_lyapunov.callbacks.summaries import CellMetrics, CellSamples, summarised
 from lightning_lyapunov.callbacks.warn_once import WarnOnce
 from lightning_lyapunov.functional import layer_growth, working_dtype
 from lightning_lyapunov.kernel.propagation import Growth
 from lightning_lyapunov.layers.discovery import FoundLayer
 from lightning_lyapunov.layers.sharding import gathered
-from lightning_lyapunov.metrics import LyapunovSummary
 from lightning_lyapunov.recording.cells import NotFollowedError
 from lightning_lyapunov.recording.reading import Followed, follow
 from lightning_lyapunov.recording.recorder import RecordedCalls
 
-__all__ = ["MAX_REPEATS", "CellMetrics", "Measurement", "Options"]
-
-CellMetrics: TypeAlias = dict[str, dict[str, Tensor]]
-"""For each cell its metrics, as :class:`~lightning_lyapunov.metrics.LyapunovSummary` computes them."""
+__all__ = ["MAX_REPEATS", "Measurement", "Options"]
 
 # What a window from a state of zeros needs before its largest exponent is that of the long run: see the benchmarks.
 _WARMUP = 50
@@ -102,7 +99,7 @@ class Measurement:
             strategy: the trainer's strategy, which reduces over the ranks.
             overhead: times each layer.
         """
-        cells: CellMetrics = {}
+        samples: dict[str, CellSamples] = {}
         for name, found in self._layers.items():
             with overhead.layer(name):
                 outcome = self._outcome(
@@ -110,30 +107,28 @@ class Measurement:
                 )
                 if isinstance(outcome, _NotCalled):
                     self._followed.pop(name, None)
-                cells.update(self._reduce(name, outcome, strategy))
+                samples.update(self._samples(name, outcome, strategy))
+        cells = summarised(samples, strategy)
         if self._error is not None:
             raise self._error
         return cells
 
     def forget_all_but(self, model: nn.Module) -> None:
         """Forget the sequences of the layers that are not in a model any more."""
-        modules = list(model.modules())
+        modules = set(model.modules())
         for name, found in self._layers.items():
-            if not any(found.module is module for module in modules):
+            if found.module not in modules:
                 self._followed.pop(name, None)
 
-    def _reduce(self, name: str, outcome: "_Measured | _NotCalled | _Failed", strategy: Any) -> CellMetrics:
-        """Return the metrics of each cell of a layer. Every rank joins the reduction, even without samples."""
-        measured, device = {}, strategy.root_device
+    def _samples(self, name: str, outcome: "_Measured | _NotCalled | _Failed", strategy: Any) -> dict[str, CellSamples]:
+        """Return what this rank adds to each cell of a layer, nothing where it has nothing."""
+        samples, names = {}, self._cell_names[name]
         if isinstance(outcome, _Measured) and _is_replica(strategy):
             outcome = _NotCalled()
-        for index, cell in enumerate(self._cell_names[name]):
+        for index, cell in enumerate(names):
             count = self._num_exponents_of(name, index, outcome, strategy)
-            alone = getattr(strategy, "world_size", 1) == 1  # also where the process group is somebody else's
-            metrics = LyapunovSummary(count, sync_on_compute=not alone).to("cpu" if device.type == "mps" else device)
-            metrics.update(*_samples(outcome, index, count))
-            measured[f"{name}.{cell}" if len(self._cell_names[name]) > 1 else name] = metrics.compute()
-        return measured
+            samples[f"{name}.{cell}" if len(names) > 1 else name] = _samples(outcome, index, count)
+        return samples
 
     def _outcome(
         self, name: str, module: nn.Module, calls: RecordedCalls | None, error: Exception | None, again: bool
@@ -234,14 +229,14 @@ def _of_members(growth: Growth, members: Tensor | None) -> Growth:
     return Growth(total, growth.steps.new_zeros(1, count).index_add(1, index, growth.steps))
 
 
-def _samples(outcome: _Measured | _NotCalled | _Failed, index: int, count: int) -> tuple[Tensor, Tensor, int]:
+def _samples(outcome: _Measured | _NotCalled | _Failed, index: int, count: int) -> CellSamples:
     """Return exponents ``(samples, num_exponents)``, steps ``(samples,)`` and samples per sequence of one cell."""
     if isinstance(outcome, _Failed):
-        return torch.full((1, count), math.nan, device="cpu"), torch.full((1,), math.nan, device="cpu"), 1
+        return CellSamples(torch.full((1, count), math.nan, device="cpu"), torch.full((1,), math.nan, device="cpu"))
     if isinstance(outcome, _NotCalled):
-        return torch.empty(0, count, device="cpu"), torch.empty(0, device="cpu"), 1
+        return CellSamples(torch.empty(0, count, device="cpu"), torch.empty(0, device="cpu"))
     total, steps = outcome.growths[index]
-    return (total / steps.unsqueeze(-1)).flatten(0, 1), steps.flatten(), len(steps)
+    return CellSamples((total / steps.unsqueeze(-1)).flatten(0, 1), steps.flatten(), len(steps))
 
 
 def _is_replica(strategy: Any) -> bool:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lyapunov.callbacks.measurement import MAX_REPEATS, CellMetrics
+from lightning_lyapunov.callbacks.measurement import MAX_REPEATS
+from lightning_lyapunov.callbacks.summaries import CellMetrics
 from lightning_lyapunov.callbacks.warn_once import WarnOnce
 from lightning_lyapunov.confidence import student_t_quantile
 from lightning_lyapunov.reporting.history import History

@@ -9,8 +9,8 @@ In training, at the end of a batch whose optimizer step is the one that was agre
 
 * ``strategy.reduce`` of the size of a state (``Measurement._num_exponents_of``), for each cell of a layer whose states
   have no size before it is called. Which layers these are is a matter of their classes.
-* ``LyapunovSummary.compute`` (``Measurement._reduce``) gathers sums over sequences, once for each cell of each layer.
-  The cells are those of the model at the start of the run; a rank without data, with a failed measurement, or in whose
+* ``CellSummaries.compute`` (``summarised``) gathers sums over sequences, once for all cells with as many exponents. The
+  cells are those of the model at the start of the run; a rank without data, with a failed measurement, or in whose
   batch a layer was not called adds nothing or NaN, and makes the call. With ``strict`` the error is raised after it.
 * ``strategy.broadcast`` of the next agreement (``CommonSchedule.end_batch``): after the measurement, or instead of it.
 * ``strategy.reduce_boolean_decision`` (``InstabilityStopping``): at each new measurement, which all ranks publish in

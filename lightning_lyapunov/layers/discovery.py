@@ -61,6 +61,7 @@ def find_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[st
             '`LyapunovMonitor(modules="...")`, or register its class with `register_layer`.'
         )
     layers: dict[str, FoundLayer] = {}
+    known: set[int] = set()
     for name in map(_without_wrappers, names or recurrent):
         if not name:
             raise ValueError(f"`modules` names the whole model. Name a layer of it. Its recurrent layers: {found}.")
@@ -73,7 +74,8 @@ def find_layers(model: nn.Module, names: Sequence[str] | None = None) -> dict[st
             raise ValueError(
                 f"`modules`: `{name}` cannot be watched. {error} The recurrent layers: {found}."
             ) from error
-        if not any(module is other.module for other in layers.values()):
+        if id(module) not in known:
+            known.add(id(module))
             # A hook breaks a compiled graph: where that is an error it can only stand outside.
             inside = any(name.startswith(f"{path}.") for path in one_graph)
             path, _, last = name.rpartition(".")
