@@ -12,6 +12,7 @@ from lightning_lyapunov.callbacks.measurement import MAX_REPEATS
 from lightning_lyapunov.callbacks.summaries import CellMetrics
 from lightning_lyapunov.callbacks.warn_once import WarnOnce
 from lightning_lyapunov.confidence import student_t_quantile
+from lightning_lyapunov.reporting.budget import PictureBudget, worst_cells
 from lightning_lyapunov.reporting.history import History
 from lightning_lyapunov.reporting.loggers import log_spectra
 
@@ -99,14 +100,16 @@ class Publisher:
         self._repeats: dict[str, int] = {}
         self._measured: dict[str, Estimate] = {}
         self.estimates: dict[str, Estimate] = {}
+        self._budget = PictureBudget()
+        self._undrawn: tuple[list[str], int] | None = None
 
     def publish(self, trainer: Any, cells: CellMetrics, step: int) -> None:
         """Publish the metrics of all cells, the same on every rank, at a step of the loggers."""
-        scalars: dict[str, Tensor] = {}
+        scalars: dict[str, float] = {}
         rows: dict[str, tuple[Tensor, Tensor]] = {}
         for cell, metrics in cells.items():
             metrics = self._update(cell, metrics, step)
-            scalars.update({f"lyapunov/{cell}/{name}": metrics[name] for name in _LOGGED})
+            scalars.update({f"lyapunov/{cell}/{name}": float(metrics[name]) for name in _LOGGED})
             spectrum, stderr = (metrics[name].float().cpu().reshape(-1) for name in ("spectrum", "stderr"))
             rows[cell] = spectrum, stderr
         self._history.append(step, rows)
@@ -118,21 +121,23 @@ class Publisher:
             "max_stderr": math.nan if worst is None else worst.stderr,
             "worst_layer": math.nan if worst is None else list(cells).index(worst.layer),
         }
-        scalars.update(
-            {
-                f"lyapunov/{name}": torch.tensor(number, dtype=torch.float32, device="cpu")
-                for name, number in overall.items()
-            }
-        )
-
-        device = trainer.strategy.root_device
-        metrics_of(trainer).update({key: value.float().to(device) for key, value in scalars.items()})
-        numbers = {key: float(value) for key, value in scalars.items()}
+        # Rounded once: loggers get what callbacks get.
+        values = torch.tensor([*scalars.values(), *overall.values()], dtype=torch.float32, device="cpu")
+        keys = [*scalars, *(f"lyapunov/{name}" for name in overall)]
+        metrics_of(trainer).update(_by_key(keys, values.to(trainer.strategy.root_device)))
+        numbers = dict(zip(keys, values.tolist(), strict=True))
         for logger in trainer.loggers:
             with self._guard(logger, "did not take the numbers"):
                 logger.log_metrics(numbers.copy(), step=step)
+        self._undrawn = None
         if self._log_spectrum and trainer.is_global_zero and trainer.loggers:
-            self._log_pictures(trainer.loggers, list(cells), step, worst)
+            self._show(trainer.loggers, list(cells), step, pictures=self._budget.is_due(step))
+
+    def finish(self, trainer: Any) -> None:
+        """Draw the last measurement of a run, if its pictures were left out."""
+        if self._undrawn is not None:
+            (cells, step), self._undrawn = self._undrawn, None
+            self._show(trainer.loggers, cells, step, numbers=False)
 
     def _update(self, cell: str, metrics: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Return the metrics to publish of a cell: for a while the last ones, where it was not called on any rank."""
@@ -150,17 +155,24 @@ class Publisher:
         self._latest[cell] = metrics
         return metrics
 
-    def _log_pictures(self, loggers: Any, cells: list[str], step: int, worst: Estimate | None) -> None:
-        history = self._history.tensors()
+    def _show(self, loggers: Any, cells: list[str], step: int, *, numbers: bool = True, pictures: bool = True) -> None:
+        """Log the numbers that loggers take beside scalars, and pictures of the worst cells."""
+        if not pictures:
+            self._undrawn = cells, step
+        drawn = worst_cells(cells, {e.layer: e.value for e in self._measured.values()})
+        worst = self.estimates.get("lyapunov/max")
+        history = self._history.tensors(cells if self._log_band else drawn, last_only=not pictures)
         options: dict[str, Any] = {
             "quantiles": {e.layer: student_t_quantile(0.975, e.num_sequences - 1) for e in self.estimates.values()},
             "band": self._log_band,
             "worst": None if worst is None else worst.layer,
+            "drawn": drawn,
+            "numbers": numbers,
+            "pictures": pictures,
         }
-        shown = {cell: history[cell] for cell in cells}
         for logger in loggers:
             with self._guard(logger, "did not take a picture"):
-                if not log_spectra(logger, shown, step, **options):
+                if not log_spectra(logger, history, step, **options):
                     name = type(logger).__name__
                     self._warn(f"{type(logger)} is not known", f"{name} is not known to take pictures of the spectrum.")
 
@@ -174,3 +186,8 @@ class Publisher:
                 raise
             message = f"{type(logger).__name__} {problem}: {type(error).__name__}: {error}"
             self._warn(f"{type(logger)} {problem}", message)
+
+
+def _by_key(keys: list[str], values: Tensor) -> dict[str, Tensor]:
+    """Return each value as a tensor of its own: whoever keeps or saves one keeps no other."""
+    return {key: value.clone() for key, value in zip(keys, values.unbind(), strict=True)}

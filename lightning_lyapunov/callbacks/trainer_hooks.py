@@ -132,6 +132,7 @@ class TrainerHooks(AnyCallback):  # type: ignore[misc]
         if run := self._run_of(trainer):
             run.stop()
             self._run = None
+            run.publisher.finish(trainer)
 
 
 def _progress(trainer: Any) -> Progress:

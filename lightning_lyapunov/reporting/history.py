@@ -3,7 +3,7 @@
 import csv
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,12 +41,17 @@ class History:
         added = {name: self._cells.get(name, _Cell()).with_added(_Measurement(step, *m)) for name, m in cells.items()}
         self._cells = {**self._cells, **added}
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
+    def tensors(self, cells: Iterable[str] | None = None, *, last_only: bool = False) -> dict[str, dict[str, Tensor]]:
         """Return for each cell ``"step"``, ``(m,)``, ``"spectrum"`` and ``"stderr"``, ``(m, num_exponents)``.
 
         NaN fills up what was measured with fewer exponents.
+
+        Args:
+            cells: the names of the cells; None for all.
+            last_only: return the last measurement only.
         """
-        return {name: cell.tensors() for name, cell in self._cells.items()}
+        names = self._cells if cells is None else cells
+        return {name: self._cells[name].tensors(last_only=last_only) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what :meth:`load_state_dict` takes: tensors on the CPU, numbers and strings in dictionaries."""
@@ -105,8 +110,8 @@ class _Cell:
             kept, interval = kept[::2] + last, 2 * interval
         return _Cell(kept, interval, self.num_measured)
 
-    def tensors(self) -> dict[str, Tensor]:
-        steps, spectra, errors = zip(*self.kept, strict=True)
+    def tensors(self, *, last_only: bool = False) -> dict[str, Tensor]:
+        steps, spectra, errors = zip(*self.kept[-1:] if last_only else self.kept, strict=True)
         return {
             "step": torch.tensor(steps, dtype=torch.int64, device="cpu"),
             "spectrum": pad_sequence(list(spectra), batch_first=True, padding_value=math.nan),

@@ -2,8 +2,8 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,8 @@ from lightning_lyapunov.reporting.pictures import current_spectrum_picture, reso
 from lightning_lyapunov.reporting.room import check_room
 
 __all__ = ["log_spectra", "lyapunov_layout"]
+
+_PictureCall: TypeAlias = Callable[[str, NDArray[np.uint8], int], Any]
 
 # The quantile of the normal distribution, used where the number of sequences is not known.
 _QUANTILE = 1.96
@@ -26,6 +28,9 @@ def log_spectra(
     quantiles: Mapping[str, float] | None = None,
     band: bool = False,
     worst: str | None = None,
+    drawn: Collection[str] | None = None,
+    numbers: bool = True,
+    pictures: bool = True,
 ) -> bool:
     """Send two pictures of each layer, its last spectrum and all of them, to a logger that takes pictures.
 
@@ -42,6 +47,9 @@ def log_spectra(
         band: log the 95 % confidence band of the largest exponent as scalars, too, where a logger takes them by
             ``add_scalar``: ``"lyapunov_band/<layer>/lower"`` and ``".../upper"``. See :func:`lyapunov_layout`.
         worst: the layer to name as text, ``"lyapunov/worst_layer"``, where a logger takes it by ``add_text``.
+        drawn: the layers that get pictures and a histogram; None for all of ``history``.
+        numbers: send the text, histograms and bands.
+        pictures: send the pictures.
 
     Returns:
         False for a logger that is not known to take pictures, nor to take numbers only.
@@ -50,21 +58,29 @@ def log_spectra(
         OSError: if there is no room for pictures on the disk.
     """
     show = _picture_call(logger)
-    if show:
-        check_room(logger, len(history))
-    if worst is not None and hasattr(getattr(logger, "experiment", None), "add_text"):
+    layers = history if drawn is None else drawn
+    if show and pictures:
+        check_room(logger, len(layers))
+    if numbers and worst is not None and hasattr(getattr(logger, "experiment", None), "add_text"):
         logger.experiment.add_text(f"{_prefix_of(logger)}lyapunov/worst_layer", f"`{worst}`", step)
     for layer, measurements in history.items():
-        spectra, stderr = measurements["spectrum"].numpy(), measurements["stderr"].numpy()
-        half_width = (quantiles or {}).get(layer, _QUANTILE) * stderr[-1]
-        _add_numbers(logger, layer, spectra[-1], half_width, step, band)
-        if show:
-            title = f"Lyapunov exponents of {layer}"
-            over_training = spectrum_picture(measurements["step"].numpy(), spectra, title)
-            show(f"lyapunov/{layer}/spectrum_over_training", over_training, step)
-            now = current_spectrum_picture(spectra[-1], half_width, f"{title}, 95 % band")
-            show(f"lyapunov/{layer}/spectrum_now", now, step)
+        half_width = (quantiles or {}).get(layer, _QUANTILE) * measurements["stderr"][-1].numpy()
+        is_drawn = layer in layers
+        if numbers:
+            _add_numbers(logger, layer, measurements["spectrum"][-1].numpy(), half_width, step, band, is_drawn)
+        if pictures and show and is_drawn:
+            _draw(show, layer, measurements, half_width, step)
     return show is not None or _takes_numbers_only(logger)
+
+
+def _draw(
+    show: _PictureCall, layer: str, measurements: Mapping[str, Tensor], half_width: NDArray[Any], step: int
+) -> None:
+    spectra, title = measurements["spectrum"].numpy(), f"Lyapunov exponents of {layer}"
+    over_training = spectrum_picture(measurements["step"].numpy(), spectra, title)
+    show(f"lyapunov/{layer}/spectrum_over_training", over_training, step)
+    now = current_spectrum_picture(spectra[-1], half_width, f"{title}, 95 % band")
+    show(f"lyapunov/{layer}/spectrum_now", now, step)
 
 
 def lyapunov_layout(layers: Iterable[str], *, band: bool = False, prefix: str = "") -> dict[str, dict[str, list[Any]]]:
@@ -124,18 +140,24 @@ def _joined(prefix: str) -> str:
 
 
 def _add_numbers(
-    logger: Any, layer: str, spectrum: NDArray[Any], half_width: NDArray[Any], step: int, band: bool
+    logger: Any,
+    layer: str,
+    spectrum: NDArray[Any],
+    half_width: NDArray[Any],
+    step: int,
+    band: bool,
+    histogram: bool,
 ) -> None:
     experiment: Any = getattr(logger, "experiment", None)
     prefix, known = _prefix_of(logger), spectrum[resolved(spectrum)]
-    if hasattr(experiment, "add_histogram") and len(known):
+    if histogram and hasattr(experiment, "add_histogram") and len(known):
         experiment.add_histogram(f"{prefix}lyapunov/{layer}/spectrum", known, step)
     if band and hasattr(experiment, "add_scalar"):
         for tag, bound in zip(_band_tags(prefix, layer), (-half_width[0], half_width[0]), strict=True):
             experiment.add_scalar(tag, float(spectrum[0] + bound), step)
 
 
-def _picture_call(logger: Any) -> Callable[[str, NDArray[np.uint8], int], Any] | None:
+def _picture_call(logger: Any) -> _PictureCall | None:
     """Return the call by which a logger is shown a picture, ``(tag, picture, step)``; None for one that takes none."""
     experiment: Any = getattr(logger, "experiment", None)
     prefix = _prefix_of(logger)

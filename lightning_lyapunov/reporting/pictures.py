@@ -1,6 +1,7 @@
 """Spectra as RGB pictures, drawn with Pillow."""
 
 import math
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,13 @@ def _note(count: int, shown: int, errors: NDArray[Any], visible: float) -> str:
     return f" ({'; '.join(notes)})" if notes else ""
 
 
+@cache
+def _font(size: int) -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)
+
+
 class _Plot:
     """A picture with a plot; places in it are shares of the plot's width and height, from the left and the top."""
 
@@ -116,12 +124,10 @@ class _Plot:
 
     def write(self, x: float, y: float, text: str, anchor: str, width: float = math.inf) -> None:
         """Write, in smaller letters if it would be wider than ``width``."""
-        from PIL import ImageFont
-
-        font = ImageFont.load_default(_FONT_SIZE)
+        font = _font(_FONT_SIZE)
         share = width / max(self.draw.textlength(text, font), 1)
         if share < 1:  # Small letters are a little wider than in proportion.
-            font = ImageFont.load_default(int(0.96 * share * _FONT_SIZE))
+            font = _font(int(0.96 * share * _FONT_SIZE))
         # Twice, because the strokes are thinner than `_THIN`: half a plus would be a minus.
         for shift in (0, 1):
             self.draw.text((x + shift, y + shift), text, _INK, font, anchor=anchor)
