@@ -3,10 +3,13 @@
 import math
 from collections.abc import Iterable, Mapping
 
-__all__ = ["MAX_PICTURED_CELLS", "PictureBudget", "worst_cells"]
+__all__ = ["MAX_PICTURED_CELLS", "NUM_WORST_CELLS", "PictureBudget", "worst_cells"]
 
 MAX_PICTURED_CELLS = 8
-"""The most cells that are drawn at a measurement: of a larger model those with the largest exponents."""
+"""The most cells of a model whose cells are all drawn."""
+
+NUM_WORST_CELLS = 4
+"""How many cells of a model of more are drawn at a measurement: those with the largest exponents."""
 
 # The part of the run so far that may pass until pictures are drawn again.
 _MAX_AGE = 0.25
@@ -31,7 +34,7 @@ class PictureBudget:
 
 
 def worst_cells(cells: Iterable[str], largest: Mapping[str, float]) -> list[str]:
-    """Return the cells to draw, in their order: all of them, or the worst :data:`MAX_PICTURED_CELLS`.
+    """Return the cells to draw, in their order: all of a small model, or the worst :data:`NUM_WORST_CELLS`.
 
     Args:
         cells: the names of all cells.
@@ -43,5 +46,7 @@ def worst_cells(cells: Iterable[str], largest: Mapping[str, float]) -> list[str]
         return math.inf if math.isnan(value) else value
 
     names = list(cells)
-    chosen = set(sorted(names, key=badness, reverse=True)[:MAX_PICTURED_CELLS])
+    if len(names) <= MAX_PICTURED_CELLS:
+        return names
+    chosen = set(sorted(names, key=badness, reverse=True)[:NUM_WORST_CELLS])
     return [name for name in names if name in chosen]
