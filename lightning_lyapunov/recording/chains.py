@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lightning_lyapunov.layers.base import Sequences
 
-__all__ = ["Segment", "StateChangedError", "join"]
+__all__ = ["Segment", "StateChangedError", "join", "longest"]
 
 
 class StateChangedError(ValueError):
@@ -75,7 +75,8 @@ def join(segments: list[Segment], num_sequences: int, max_steps: int) -> Sequenc
             track.pieces.pop()
     sequences = [_sequence(track, segments, max_steps) for track in builder.tracks if track.pieces]
     sequences = _of_same_data(_distinct([sequence for sequence in sequences if len(sequence.inputs)]))
-    return _padded(_longest(sequences, num_sequences)) if sequences else None
+    chosen = longest([len(sequence.inputs) for sequence in sequences], num_sequences)
+    return _padded([sequences[index] for index in chosen]) if sequences else None
 
 
 def _merged(segments: list[Segment]) -> list[Segment]:
@@ -279,22 +280,15 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).norm() < 0.6 * (one.norm() + other.norm()))
 
 
-def _longest(sequences: list[_Sequence], count: int) -> list[_Sequence]:
-    """Return the longest sequences, in order; of those as long as the shortest of them, evenly spread ones."""
-    if len(sequences) <= count:
-        return sequences
-    lengths = [len(sequence.inputs) for sequence in sequences]
+def longest(lengths: list[int], count: int) -> list[int]:
+    """Return the indices of the largest lengths, in order; of those as long as the shortest of them, evenly spread."""
+    if len(lengths) <= count:
+        return list(range(len(lengths)))
     shortest = sorted(lengths, reverse=True)[count - 1]
     longer = [index for index, length in enumerate(lengths) if length > shortest]
     equal = [index for index, length in enumerate(lengths) if length == shortest]
-    chosen = sorted(longer + [equal[index] for index in spread(len(equal), count - len(longer))])
-    return [sequences[index] for index in chosen]
-
-
-def spread(total: int, count: int) -> list[int]:
-    """Return up to ``count`` indices spread evenly over ``total``."""
-    count = min(total, count)
-    return [index * total // count for index in range(count)]
+    rest = count - len(longer)
+    return sorted(longer + [equal[index * len(equal) // rest] for index in range(rest)])
 
 
 def _padded(sequences: list[_Sequence]) -> Sequences:

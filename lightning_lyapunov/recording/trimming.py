@@ -4,6 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from lightning_lyapunov.recording.chains import longest
 
 __all__ = ["few_members", "trim"]
 
@@ -14,10 +17,14 @@ _SMALL_CALL = 2**22
 def trim(module: nn.Module, call: Any, num_sequences: int, max_steps: int) -> bool:
     """Cut a recorded call of :class:`torch.nn.RNN`, ``GRU`` or ``LSTM`` down, in place; return whether it was cut.
 
-    Only a call ``(input)`` or ``(input, state)`` of a batch, without packing, whose first result has its time and its
-    batch, is cut. Evenly spread members of the batch are kept, and of these the first steps.
+    Only a call ``(input)`` or ``(input, state)`` of a batch, whose first result has its time and its batch, is cut.
+    Evenly spread members of the batch are kept, of a packed batch the longest, and of these the first steps.
     """
-    if not isinstance(module, nn.RNNBase) or call.num_bytes <= _SMALL_CALL or call.kept_after:
+    if not isinstance(module, nn.RNNBase) or call.kept_after:
+        return False
+    if (packed := _as_packed(call)) is not None:
+        return _trim_packed(call, *packed, num_sequences, max_steps, reads_backwards=module.bidirectional)
+    if call.num_bytes <= _SMALL_CALL:
         return False
     few = few_members(module, call.arguments, call.results, num_sequences)
     if few is None:
@@ -36,6 +43,86 @@ def trim(module: nn.Module, call: Any, num_sequences: int, max_steps: int) -> bo
         result if steps <= max_steps else torch.full_like(result, torch.nan) for result in results[1:]
     ]
     return True
+
+
+def _as_packed(call: Any) -> tuple[PackedSequence, PackedSequence] | None:
+    """Return the packed input and output of a call; None for any other call."""
+    args, kwargs = call.call
+    inputs, result = args[0] if args else kwargs.get("input"), call.result
+    output = result[0] if isinstance(result, tuple) and len(result) == 2 else None
+    if not isinstance(inputs, PackedSequence) or not isinstance(output, PackedSequence):
+        return None
+    parts = len(inputs)
+    states = [*call.arguments[parts:], *call.results[parts:]]
+    batch = int(inputs.batch_sizes[0])
+    if any(leaf is not None and not _is_state(leaf, batch) for leaf in states):
+        return None
+    return (inputs, output) if torch.equal(inputs.batch_sizes, output.batch_sizes) else None
+
+
+def _is_state(leaf: Any, batch: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim == 3 and leaf.shape[1] == batch
+
+
+def _trim_packed(
+    call: Any,
+    inputs: PackedSequence,
+    output: PackedSequence,
+    num_sequences: int,
+    max_steps: int,
+    *,
+    reads_backwards: bool,
+) -> bool:
+    """Cut a packed call before anything pads it: a long member would make every other as long."""
+    steps, batch = len(inputs.batch_sizes), int(inputs.batch_sizes[0])
+    numbers = [packed.data.shape[1] * packed.data.element_size() for packed in (inputs, output)]
+    if max(call.num_bytes, steps * batch * sum(numbers)) <= _SMALL_CALL:
+        return False
+    is_cut, parts = steps > max_steps, len(inputs)
+    members = _longest_members(inputs, num_sequences, max_steps)
+    index = torch.tensor(members, device=inputs.data.device)
+
+    def unknown_if(unknown: bool, leaf: Any) -> Any:
+        return torch.full_like(leaf, torch.nan) if unknown else leaf
+
+    def chosen(leaf: Any) -> Any:
+        return None if leaf is None else leaf.index_select(1, index)
+
+    data, *order = _few_packed(output, members, max_steps)
+    call.arguments = [*_few_packed(inputs, members, max_steps), *map(chosen, call.arguments[parts:])]
+    # After fewer steps the last state is another one, and so is all that the other direction returns.
+    call.results = [
+        unknown_if(is_cut and reads_backwards, data),
+        *order,
+        *(unknown_if(is_cut, chosen(leaf)) for leaf in call.results[parts:]),
+    ]
+    return True
+
+
+def _longest_members(packed: PackedSequence, count: int, max_steps: int) -> list[int]:
+    """Return the members with the most steps up to a number, in order; of equally long ones evenly spread ones."""
+    # Batch sizes fall: member i, in order of length, has as many steps as there are sizes above i.
+    sizes = packed.batch_sizes.flip(0).contiguous()
+    lengths = len(sizes) - torch.searchsorted(sizes, torch.arange(int(sizes[-1]), device="cpu"), right=True)
+    if packed.unsorted_indices is not None:
+        lengths = lengths[packed.unsorted_indices.cpu()]
+    return longest(lengths.clamp(max=max_steps).tolist(), count)
+
+
+def _few_packed(packed: PackedSequence, members: list[int], max_steps: int) -> PackedSequence:
+    """Return some members of a packed batch, and of these the first steps."""
+    sizes = packed.batch_sizes[:max_steps]
+    starts = packed.batch_sizes.cumsum(0)[: len(sizes)] - sizes
+    places = torch.tensor(members, device="cpu")
+    if packed.unsorted_indices is not None:
+        places = packed.unsorted_indices.cpu()[places]
+    places, order = places.sort()
+    runs = places < sizes.unsqueeze(-1)
+    rows = (starts.unsqueeze(-1) + places)[runs]
+    device = packed.data.device
+    orders = (None, None) if packed.unsorted_indices is None else (order.to(device), order.argsort().to(device))
+    few_sizes = runs.sum(1)
+    return PackedSequence(packed.data.index_select(0, rows.to(device)), few_sizes[few_sizes > 0], *orders)
 
 
 def few_members(
