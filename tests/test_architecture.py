@@ -193,7 +193,7 @@ def test_all_that_ranks_do_together_is_listed_in_one_place():
     }
     assert calls == {
         ("callbacks.measurement", "reduce"),
-        ("callbacks.measurement", "compute"),
+        ("callbacks.summaries", "compute"),
         ("callbacks.run", "broadcast"),
         ("callbacks.stopping", "reduce_boolean_decision"),
         ("layers.sharding", "full_tensor"),

@@ -1,8 +1,8 @@
 """Models with many cells: operations are counted, not seconds."""
 
 import sys
-from types import SimpleNamespace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
