@@ -118,7 +118,7 @@ def _state_pairs(module: nn.Module, calls: list[RecordedCall], alike: list[bool]
     for (key, place), share in sorted(means.items(), key=lambda item: -item[1]):
         if share >= max(MIN_SHARE, 0.9 * best) and key not in pairs and place not in pairs.values():
             pairs[key] = place
-    pairs = _without_statistics(module, calls[-1], pairs)
+    pairs = _without_statistics(module, calls, pairs)
     _refuse_changed(calls, alike, pairs)
     if not pairs:
         raise NoStateError
@@ -164,7 +164,7 @@ def _rows(tensor: Tensor, axis: int) -> list[bytes]:
     return [row.tobytes() for row in numbers.double().add(0.0).cpu().contiguous().numpy()]
 
 
-def _without_statistics(module: nn.Module, call: RecordedCall, pairs: dict[Key, Key]) -> dict[Key, Key]:
+def _without_statistics(module: nn.Module, calls: list[RecordedCall], pairs: dict[Key, Key]) -> dict[Key, Key]:
     """Leave out what a module keeps and that is no state.
 
     Evaluation mode changes a state, and not the statistics of a normalisation; and a state changes what comes after it.
@@ -172,6 +172,7 @@ def _without_statistics(module: nn.Module, call: RecordedCall, pairs: dict[Key, 
     kept = [key for key in pairs if isinstance(key, tuple)]
     if not kept:
         return pairs
+    call = max(reversed(calls), key=lambda call: _num_written(call, kept))
     dtype = _dtype_of(call)
     frozen = frozen_copy(module, dtype)
     plain = StepCall(call.arguments, call.argument_structure, call.kept_before)
@@ -189,6 +190,13 @@ def _without_statistics(module: nn.Module, call: RecordedCall, pairs: dict[Key, 
     results, after = outcome({})
     states = {key for key in kept if is_state(key)}
     return {key: place for key, place in pairs.items() if not isinstance(key, tuple) or key in states}
+
+
+def _num_written(call: RecordedCall, kept: list[tuple[str, int]]) -> int:
+    """Return in how many of some kept tensors a call changed something; -1 if it lacks one."""
+    if any(name not in call.kept_before for name, _ in kept):
+        return -1
+    return sum(not same(call.kept_before[name], call.kept_after[name]) for name, _ in kept)
 
 
 def _refuse_changed(calls: list[RecordedCall], alike: list[bool], pairs: dict[Key, Key]) -> None:

@@ -43,7 +43,7 @@ class RecordedCall:
         argument_structure: their structure.
         results: the leaves of what it returned.
         result_structure: their structure.
-        kept_before: the tensors that the module keeps and this call replaced or wrote over, before it.
+        kept_before: the tensors that the module keeps and that calls so far replaced or wrote over, before it.
         kept_after: the same after it.
         derived: for each argument whether its graph reaches what an earlier call returned.
         has_graph: whether the call was recorded with a graph, so that ``derived`` can be known.
@@ -205,6 +205,7 @@ class _Watch:
         self._module, self._limits = module, (num_sequences, max_steps)
         self.recorded = RecordedCalls(is_sharded=is_sharded(module))
         self._num_bytes = 0
+        self._written: set[str] = set()
         self._ancestry = Ancestry()
         self._registered = registered(module)
         self._is_plain: bool | None = None
@@ -235,7 +236,7 @@ class _Watch:
         self._ancestry.add(leaves)
         call.results = _copied_leaves(leaves)
         if surroundings is not None:
-            call.kept_before, call.kept_after = surroundings.changed(self._module)
+            call.kept_before, call.kept_after = surroundings.changed(self._module, self._written)
         drew = surroundings is not None and surroundings.random_states.have_moved()
         is_whole = not trim(self._module, call, *self._limits)
         self._num_bytes += call.num_bytes
@@ -349,11 +350,17 @@ class _Surroundings:
         self._kept = kept_tensors(module)
         self.random_states = _RandomStates(module)
 
-    def changed(self, module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the kept tensors that were replaced or written over since, before and after."""
+    def changed(self, module: nn.Module, written: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the kept tensors that this call or an earlier one has replaced or written over, before and after.
+
+        Args:
+            module: the module.
+            written: their names so far, which this adds to.
+        """
         now = kept_tensors(module)
-        names = [name for name in now if name not in self._kept or not same(now[name], self._kept[name])]
-        return {name: self._kept[name] for name in names if name in self._kept}, {name: now[name] for name in names}
+        written |= {name for name in now if name not in self._kept or not same(now[name], self._kept[name])}
+        before, after = ({name: kept[name] for name in kept if name in written} for kept in (self._kept, now))
+        return before, after
 
 
 class _RandomStates:

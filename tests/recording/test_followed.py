@@ -564,6 +564,46 @@ def test_a_state_that_a_module_keeps_is_found(cell):
     assert_spectrum(actual, reference(one(twin(net.cell).step), skip=1))
 
 
+class Resets(Keeps):
+    """Keeps a second tensor, in which most calls change nothing: whether its units were reset."""
+
+    def __init__(self, is_state):
+        super().__init__()
+        self.reset, self.is_state = None, is_state
+
+    def forward(self, x):
+        last = x.new_zeros(len(x), HIDDEN) if self.reset is None else self.reset
+        mem = x.new_zeros(len(x), HIDDEN) if self.mem is None else self.mem
+        self.mem, self.reset = self.step(x, mem, last)
+        return torch.relu(self.mem)
+
+    def step(self, x, h, reset):
+        if self.is_state:
+            h = h * (1 - 0.9 * reset)
+        h = super().step(x, h)
+        return h, (h - 0.99).relu()
+
+
+@pytest.mark.parametrize("inputs", [INPUTS, INPUTS[:, :-1]], ids=["", "one step less"])
+@pytest.mark.parametrize("is_state", [False, True])
+def test_what_a_module_keeps_may_seldom_change(is_state, inputs):
+    def run(net, inputs):
+        net.cell.mem = net.cell.reset = None
+        return sum(net.cell(x) for x in inputs[:, 1:].unbind(1))
+
+    inputs = torch.cat((inputs[:, :1], 0.3 * inputs[:, :1], 4 * inputs[:, 1:10], 0.3 * inputs[:, 10:]), 1)
+    net = Net(run, cell=Resets(is_state))
+    actual = measured(net, inputs=inputs)
+    net.cell.mem = net.cell.reset = torch.zeros(0)
+    cell = twin(net.cell)
+    zero = torch.zeros(1, HIDDEN)
+    if is_state:
+        expected = reference(lambda x, t, h, r: cell.step(x, h, r), zero, zero, inputs=inputs[:, 1:], skip=1)
+    else:
+        expected = reference(lambda x, t, h: cell.step(x, h, 0)[:1], zero, inputs=inputs[:, 1:], skip=1)
+    assert_spectrum(actual, expected)
+
+
 class Normalised(Tanh):
     """The statistics of a normalisation change in every call, and are no state."""
 
