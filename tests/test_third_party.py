@@ -10,6 +10,7 @@ import pytest
 import pytorch_lightning
 import torch
 from helpers import keys_of, make_trainer, published, regressor, series, steps_of
+from reference import growth_rates
 from torch.testing import assert_close
 
 from lightning_lyapunov import LyapunovMonitor, lyapunov_spectrum
@@ -256,3 +257,97 @@ def test_a_forecasting_run_is_logged_stopped_and_resumed(forecasting, dataset, t
     loader = dataset.to_dataloader(train=True, batch_size=8, num_workers=0)
     trainer.fit(model, loader, ckpt_path=keep.best_model_path, weights_only=False)
     assert steps_of(resumed) == [0, 2, 3, 5]
+
+
+# snntorch
+
+
+@pytest.fixture(scope="module")
+def snntorch():
+    return pytest.importorskip("snntorch")
+
+
+UNITS, SPIKING_COUNT = 5, 3
+SPIKING = {
+    "Leaky": {"beta": 0.9},
+    "Leaky, reset at once": {"beta": 0.9, "reset_delay": False},
+    "Leaky, learned": {"beta": torch.tensor([0.9, 0.7, 0.5, 0.95, 0.8]), "learn_beta": True},
+    "Lapicque": {"beta": 0.8},
+    "Synaptic": {"alpha": 0.8, "beta": 0.9},
+    "Synaptic, reset to zero": {"alpha": 0.8, "beta": 0.9, "reset_mechanism": "zero"},
+    "Alpha": {"alpha": 0.9, "beta": 0.8, "reset_mechanism": "none"},
+    "RLeaky": {"beta": 0.9, "linear_features": UNITS},
+    "RLeaky, each to itself": {"beta": 0.9, "all_to_all": False, "V": torch.linspace(0.2, 0.9, UNITS)},
+    "RSynaptic": {"alpha": 0.8, "beta": 0.9, "linear_features": UNITS},
+    "SLSTM": {"input_size": UNITS, "hidden_size": UNITS},
+}
+STATE_PARTS = {"Leaky": 1, "Lapicque": 1, "Synaptic": 2, "Alpha": 3, "RLeaky": 2, "RSynaptic": 3, "SLSTM": 2}
+
+
+class Spiking(lightning.pytorch.LightningModule):
+    """Calls a cell of snntorch in a loop; the cell takes its state and returns it, or keeps it."""
+
+    def __init__(self, cell, parts):
+        super().__init__()
+        self.cell, self.parts = cell, parts
+
+    def training_step(self, batch, batch_idx):
+        # What a cell returns is its spikes and its state; of a recurrent one the spikes are a part of that.
+        state = [batch.new_zeros(len(batch), UNITS)] * self.parts
+        if self.cell.init_hidden:
+            (self.cell.reset_hidden if hasattr(self.cell, "reset_hidden") else self.cell.reset_mem)()
+        total = 0
+        for x in batch.unbind(1):
+            if self.cell.init_hidden:
+                spikes = self.cell(x)
+            else:
+                spikes, *state = self.take(self.cell, x, state)
+            total = total + spikes.sum() + sum(part.square().sum() for part in state)
+        return total * torch.ones((), requires_grad=True)
+
+    @staticmethod
+    def take(cell, x, state):
+        returned = cell(x, *state)
+        return returned[0], *returned[-len(state) :]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([*self.parameters(), torch.nn.Parameter(torch.zeros(1))], 0.0)
+
+
+def mean_spectrum(step, inputs, parts, skip):
+    """Return the mean spectrum of a batch by autograd, in float64; the first ``skip`` steps lead to the first state."""
+    total = torch.zeros(SPIKING_COUNT, dtype=torch.float64)
+    for member in inputs.double():
+        state, matrices = torch.zeros(parts * UNITS, dtype=torch.float64), []
+        for x in member:
+            matrices.append(torch.autograd.functional.jacobian(lambda s, x=x: step(x, s), state))
+            state = step(x, state).detach()
+        rates = growth_rates(torch.stack(matrices[skip:]), SPIKING_COUNT)
+        total += rates[len(rates) // 2 :].mean(0)
+    return (total / len(inputs)).sort(descending=True).values
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("keeps", [False, True], ids=["", "keeps its state"])
+@pytest.mark.parametrize("name", SPIKING)
+def test_a_spiking_cell_has_the_spectrum_of_a_loop(snntorch, name, keeps):
+    kind = name.split(",")[0]
+    if keeps and kind in ("Lapicque", "Alpha"):
+        pytest.skip("the same as Leaky and Synaptic")
+    parts, make = STATE_PARTS[kind], getattr(snntorch, kind)
+    cell = make(**SPIKING[name], init_hidden=keeps)
+    inputs = 2 * torch.randn(6, 40, UNITS, generator=torch.Generator().manual_seed(1))
+    twin = make(**SPIKING[name])
+    twin.load_state_dict(
+        {key: value for key, value in cell.state_dict().items() if key in dict(twin.named_parameters())}, strict=False
+    )
+    twin = twin.double().eval()
+    monitor = LyapunovMonitor("cell", num_exponents=SPIKING_COUNT, strict=True)
+    loader = torch.utils.data.DataLoader(inputs, len(inputs))
+    make_trainer(monitor, max_steps=1).fit(Spiking(cell, parts), loader)
+
+    def step(x, state):
+        return torch.cat(Spiking.take(twin, x[None], state[None].split(UNITS, 1))[1:], 1)[0]
+
+    expected = mean_spectrum(step, inputs, parts, int(keeps))
+    assert_close(monitor.history["cell"]["spectrum"][-1].double(), expected, rtol=0, atol=1e-3)
