@@ -17,7 +17,6 @@ from lightning_lyapunov.layers.custom import CallableLayer, CustomLayer
 from lightning_lyapunov.layers.registry import as_layer, has_own_forward
 from lightning_lyapunov.layers.sharding import gathered
 from lightning_lyapunov.layers.torch_nn import CellLayer, StackedLayer
-from lightning_lyapunov.recording.cells import NotFollowedError
 from lightning_lyapunov.recording.reading import check_closed_form
 
 __all__ = [
@@ -282,12 +281,12 @@ def _checked(layer: RecurrentLayer, inputs: Any, state: Any) -> RecurrentLayer:
         return layer
     if isinstance(layer, CellLayer):
         return CustomLayer(layer.module)
-    frozen = frozen_copy(layer.module, layer.dtype)
+    layer.read(inputs, state)  # raises an error that names the argument
     arguments = (inputs,) if state is None else (inputs, state)
     try:
         with torch.no_grad():
-            check_closed_form(layer, arguments, {}, frozen(*arguments))
-    except NotFollowedError as error:
+            check_closed_form(layer, arguments, {}, frozen_copy(layer.module, layer.dtype)(*arguments))
+    except Exception as error:
         raise ValueError(
             f"`dynamics` cannot be followed: the forward of {type(layer.module).__name__} is not torch's ({error}). "
             "Register it: `register_layer(cls, step=..., read_call=...)`."
