@@ -65,6 +65,7 @@ def join(segments: list[Segment], num_sequences: int, max_steps: int) -> Sequenc
 
     Raises:
         StateChangedError: if a member is given a state that was computed from an earlier result, and is none of these.
+            Without a graph, it counts as computed from it where it is like it.
     """
     segments = _merged(segments)
     builder = _Builder(segments)
@@ -149,6 +150,7 @@ class _Builder:
         before = _keys(segment.states)
         found = [self._continued(row, key) for row, key in enumerate(before)]
         anew = not any(found)
+        self._refuse_detached(index, before, found)
         holders = self._holders.setdefault(len(before), {})
         if anew:
             holders.clear()
@@ -190,6 +192,30 @@ class _Builder:
                 self._closed_ends.add(track.end)
         return track
 
+    def _refuse_detached(self, index: int, keys: list[bytes], found: "list[_Track | None]") -> None:
+        """Raise StateChangedError if sequences would start in what the last call returned, changed and detached."""
+        segment, last = self._segments[index], self._segments[index - 1] if index else None
+        if last is None or last.final is None or last.states is None or last.inputs is None or segment.states is None:
+            return
+        known = self._first_keys | self._closed_ends
+        rows = [row for row, key in enumerate(keys) if found[row] is None and key not in known]
+        if segment.derived is not False or not rows or last.final.shape != segment.states.shape:
+            return
+        begun = {row: track for track in self.tracks for number, row in track.pieces[-1:] if number == index - 1}
+        rows = [row for row in rows if row in begun]
+        if not rows:
+            return
+        firsts = torch.stack([begun[row].first_state for row in rows], 1)
+        state, end, argument = segment.states[:, rows], last.final[:, rows], last.states[:, rows]
+        is_one_step = len(last.inputs) == 1
+        likeness = max(_likeness(state, end), _likeness(state, argument) if is_one_step else -1.0)
+        # A new pass over the same data starts as the last one started. A sequence of one step is none.
+        is_long = not is_one_step or any(len(begun[row].pieces) > 1 for row in rows)
+        others = _likeness(state, firsts) if is_long else -1.0
+        is_part = bool(((state == end) & (end != 0) & (end.abs() != 1)).any())
+        if is_part or likeness > max(others, min(0.999, max(0.5, 4 / state.numel() ** 0.5))):
+            raise StateChangedError
+
     def _is_one_step(self, track: _Track) -> bool:
         inputs = self._segments[track.pieces[-1][0]].inputs
         return inputs is not None and len(inputs) == 1
@@ -204,6 +230,14 @@ class _Builder:
             return True
         # Without a graph only a new call of many steps is taken for new sequences.
         return segment.derived is None and anew and segment.inputs is not None and len(segment.inputs) > 1
+
+
+def _likeness(one: Tensor, other: Tensor) -> float:
+    """Return the correlation of states ``(cells, batch, state)`` over the members of a batch; of one, the cosine."""
+    if one.shape[1] > 1:
+        one, other = one - one.mean(1, keepdim=True), other - other.mean(1, keepdim=True)
+    one, other = one.double().flatten(), other.double().flatten()
+    return float(one @ other / (one.norm() * other.norm()).clamp(min=1e-300))
 
 
 def _latest(tracks: dict[int, _Track], row: int) -> "_Track | None":

@@ -867,7 +867,7 @@ def zoneout(net, t, before, after):
 CHANGES = {
     "zoneout": zoneout,
     "layer norm": lambda net, t, before, after: F.layer_norm(after, (HIDDEN,)),
-    "clamp": lambda net, t, before, after: after.clamp(-0.5, 0.5),
+    "clamp": lambda net, t, before, after: after.clamp(-0.2, 0.2),
     "one number": lambda net, t, before, after: after.clamp(max=0.99 * float(after.max())),
     "decay": lambda net, t, before, after: 0.9 * after,
     "dropout": lambda net, t, before, after: F.dropout(after, 0.3, net.training),
@@ -896,6 +896,60 @@ def test_a_state_that_is_changed_between_two_calls_is_not_followed(make, change,
     message = refusal(Net(run, cell=make()), recwarn)
     assert "comes back changed" in message
     assert "register_layer" in message
+
+
+@pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("every", [1, 7])
+def test_a_state_that_is_changed_and_detached_is_not_followed(make, change, every, recwarn):
+    def run(net, inputs):
+        h = zeros(inputs)
+        for t, x in enumerate(inputs.unbind(1)):
+            after = net.cell(x, h)
+            changed = change(net, t, h, after)
+            h = changed.detach() if t % every == every - 1 else after
+        return h
+
+    assert "register_layer" in refusal(Net(run, cell=make()), recwarn)
+
+
+def test_a_layer_whose_state_is_changed_and_detached_is_not_followed(recwarn):
+    def run(net, inputs):
+        state = inputs.new_zeros(1, len(inputs), HIDDEN)
+        for part in inputs.split(8, 1):
+            outputs, state = net.cell(part, state)
+            state = 0.9 * state.detach()
+        return outputs
+
+    net = Net(run, cell=nn.GRU(FEATURES, HIDDEN, batch_first=True))
+    assert "comes back changed" in refusal(net, recwarn)
+
+
+@pytest.mark.parametrize("first", ["zeros", "noise", "of the inputs"])
+@pytest.mark.parametrize("make", [Tanh, lambda: nn.GRUCell(FEATURES, HIDDEN)], ids=["own", "torch"])
+def test_new_first_states_start_new_sequences(make, first):
+    starts = {
+        "zeros": [torch.zeros(BATCH, HIDDEN)] * 4,
+        "noise": torch.randn(4, BATCH, HIDDEN, generator=torch.Generator().manual_seed(4)),
+        # The same data with other dropout.
+        "of the inputs": [
+            torch.cat((x[:, 0], x[:, 1]), 1)[:, :HIDDEN] for x in [INPUTS * s for s in (1, 0.9, 1.1, 0.8)]
+        ],
+    }[first]
+    parts = INPUTS.split(10, 1)
+
+    def run(net, inputs):
+        for part, h in zip(parts, starts, strict=True):
+            for x in part.unbind(1):
+                h = net.cell(x, h)
+        return h
+
+    net = Net(run, cell=make())
+    cell = one(twin(net.cell))
+    pieces = [
+        growth(cell, part[i], (h[i : i + 1],)) for part, h in zip(parts, starts, strict=True) for i in range(BATCH)
+    ]
+    assert_spectrum(measured(net, num_sequences=64), average(pieces))
 
 
 def test_a_state_of_two_parts_of_which_one_is_changed_is_not_followed(recwarn):

@@ -203,16 +203,25 @@ def test_a_call_from_a_changed_state_is_not_followed(make):
 
 
 @kinds
+def test_a_call_from_a_changed_state_without_a_graph_is_not_followed(make):
+    module, inputs = make(), torch.randn(TIME, BATCH, FEATURES)
+    with Recording(module) as recording:
+        state = detached(module(inputs)[1])
+        module(inputs, tuple(part + 1e-6 for part in state) if isinstance(state, tuple) else state + 1e-6)
+    with pytest.raises(NotFollowedError, match=f"The state of {type(module).__name__} comes back changed"):
+        _ = recording.sequences
+
+
+@kinds
 def test_a_call_from_a_state_without_a_graph_starts_a_new_sequence(make):
     module, inputs = make(), torch.randn(TIME, BATCH, FEATURES)
     with Recording(module) as recording:
         _, state = module(inputs)
-        shaken = members(detached(state), [0, 1, 2])
-        shaken = tuple(part + 1e-6 for part in shaken) if isinstance(shaken, tuple) else shaken + 1e-6
-        module(inputs, shaken)
+        other = tuple(map(torch.randn_like, state)) if isinstance(state, tuple) else torch.randn_like(state)
+        module(inputs, other)
     sequences = recording.sequences
     assert sequences.lengths.tolist() == [TIME] * 2 * BATCH
-    assert torch.equal(sequences.states, torch.cat((torch.zeros_like(joined(state)), joined(shaken)), 1))
+    assert torch.equal(sequences.states, torch.cat((torch.zeros_like(joined(state)), joined(other)), 1))
     assert torch.equal(sequences.inputs, torch.cat((inputs, inputs), 1))
 
 
