@@ -1,6 +1,7 @@
 """Calls that go on from one another are one sequence, for each member of a batch by itself."""
 
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ class Segment(NamedTuple):
         lengths: the steps of each member, ``(batch,)``, on the CPU.
         final: the states after it, as ``states``; None where they are not known.
         derived: whether its states were computed from the results of an earlier call; None if nobody can tell.
-        passed: the states between the calls that it is made of, each as ``states``.
+        parts: the calls that it is made of, if it is made of several.
     """
 
     inputs: Tensor | None
@@ -33,7 +34,12 @@ class Segment(NamedTuple):
     lengths: Tensor | None
     final: Tensor | None
     derived: bool | None = False
-    passed: tuple[Tensor, ...] = ()
+    parts: "tuple[Segment, ...]" = ()
+
+    @property
+    def passed(self) -> list[Tensor]:
+        """The states between the calls that it is made of, each as ``states``."""
+        return [part.final for part in self.parts[:-1] if part.final is not None]
 
 
 @dataclass
@@ -56,7 +62,8 @@ def join(segments: list[Segment], num_sequences: int, max_steps: int) -> Sequenc
 
     A member of a call goes on from the member of an earlier call whose final state it is given, in whatever place of
     the batch. One that is given the state before that call again was paused there: the call counts for nothing. One
-    that is given a first state again starts anew. Sequences with the same inputs and first state count once.
+    that is given a first state again starts anew. Steps with the same inputs and state count once, as those of a
+    segment that is run again for the backward pass.
 
     Args:
         segments: the calls.
@@ -74,7 +81,10 @@ def join(segments: list[Segment], num_sequences: int, max_steps: int) -> Sequenc
     for track in builder.tracks:
         if track.paused:  # it was held up to its last call, which shows no longer whether it was held there
             track.pieces.pop()
-    sequences = [_sequence(track, segments, max_steps) for track in builder.tracks if track.pieces]
+    tracks = [track for track in builder.tracks if track.pieces]
+    if len({track.pieces[0][0] for track in tracks}) > 1:
+        tracks = _without_repeated(tracks, segments)
+    sequences = [_sequence(track, segments, max_steps) for track in tracks]
     sequences = _of_same_data(_distinct([sequence for sequence in sequences if len(sequence.inputs)]))
     chosen = longest([len(sequence.inputs) for sequence in sequences], num_sequences)
     return _padded([sequences[index] for index in chosen]) if sequences else None
@@ -118,8 +128,7 @@ def _one_and_last(run: list[Segment]) -> list[Segment]:
     *parts, last = run
     inputs = torch.cat([part.inputs for part in parts if part.inputs is not None])
     lengths = torch.full((inputs.shape[1],), len(inputs), device="cpu")
-    passed = tuple(part.final for part in parts[:-1] if part.final is not None)
-    return [Segment(inputs, parts[0].states, lengths, parts[-1].final, parts[0].derived, passed), last]
+    return [Segment(inputs, parts[0].states, lengths, parts[-1].final, parts[0].derived, tuple(parts)), last]
 
 
 class _Builder:
@@ -149,14 +158,14 @@ class _Builder:
         self._passed += segment.passed
         before = _keys(segment.states)
         found = [self._continued(row, key) for row, key in enumerate(before)]
-        anew = not any(found)
+        anew, is_first = not any(found), not self.tracks
         self._refuse_detached(index, before, found)
         holders = self._holders.setdefault(len(before), {})
         if anew:
             holders.clear()
         for row, (key, track) in enumerate(zip(before, found, strict=True)):
             if track is None:
-                if not self._may_start(segment, key, anew):
+                if not is_first and not self._may_start(segment, key, anew):
                     raise StateChangedError
                 track = _Track(holders.setdefault(row, self._num_members), segment.states[:, row], key)
                 self._num_members = max(self._num_members, track.member + 1)
@@ -222,7 +231,7 @@ class _Builder:
 
     def _may_start(self, segment: Segment, key: bytes, anew: bool) -> bool:
         """Return whether a sequence may start in a state that no earlier one ended in."""
-        if not self.tracks or key in self._first_keys or key in self._closed_ends or segment.derived is False:
+        if key in self._first_keys or key in self._closed_ends or segment.derived is False:
             return True
         self._closed_ends.update(*map(_keys, self._passed))
         self._passed = []
@@ -290,6 +299,31 @@ def _distinct(sequences: list[_Sequence]) -> list[_Sequence]:
             alike.append(inputs)
             distinct.append(sequence)
     return distinct
+
+
+def _without_repeated(tracks: list[_Track], segments: list[Segment]) -> list[_Track]:
+    """Return the sequences without those of which each call is one of a longer or earlier sequence again."""
+    digests = {index: _digests(segments[index]) for index in {index for track in tracks for index, _ in track.pieces}}
+    calls = [set[bytes]().union(*(digests[index][row] for index, row in track.pieces)) for track in tracks]
+    seen: set[bytes] = set()
+    distinct = []
+    for number in sorted(range(len(tracks)), key=lambda number: -len(calls[number])):
+        if not calls[number] <= seen:
+            distinct.append(number)
+        seen |= calls[number]
+    return [tracks[number] for number in sorted(distinct)]
+
+
+def _digests(segment: Segment) -> list[set[bytes]]:
+    """Return, for each member, digests of the state and the inputs of each call that a segment is made of."""
+    if segment.parts:
+        return [set[bytes]().union(*rows) for rows in zip(*map(_digests, segment.parts), strict=True)]
+    assert segment.inputs is not None
+    assert segment.states is not None
+    assert segment.lengths is not None
+    steps = max(1, len(segment.inputs))
+    rows = zip(_keys(segment.states), _keys(segment.inputs), segment.lengths.tolist(), strict=True)
+    return [{blake2b(state + inputs[: length * (len(inputs) // steps)]).digest()} for state, inputs, length in rows]
 
 
 def _of_same_data(sequences: list[_Sequence]) -> list[_Sequence]:

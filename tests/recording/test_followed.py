@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_lyapunov import LyapunovMonitor, register_layer
@@ -1095,6 +1096,55 @@ def test_parts_of_a_batch_are_as_much_data_as_the_whole(case, same_start):
 
     whole, in_parts = (measured(Net(run, cell=cell), inputs=inputs, key="stderr") for run in (one_pass, parts))
     assert_spectrum(in_parts, whole, 1e-4)
+
+
+# Without a graph
+
+
+@pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
+@pytest.mark.parametrize("start", [torch.zeros(BATCH, HIDDEN), INPUTS[:, :2].flatten(1)[:, :HIDDEN]], ids=["zeros", ""])
+def test_a_cell_is_followed_without_a_graph(make, start):
+    def run(net, inputs):
+        h = start
+        with torch.no_grad():
+            for x in inputs.unbind(1):
+                h = net.cell(x, h)
+        return h
+
+    net = Net(run, cell=make())
+    step = one(twin(net.cell))
+    expected = average([growth(step, x, (h[None],)) for x, h in zip(INPUTS, start, strict=True)])
+    assert_spectrum(measured(net), expected)
+
+
+@pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
+@pytest.mark.parametrize("change", ["decay", "layer norm", "noise"])
+def test_a_state_that_is_changed_without_a_graph_is_not_followed(make, change, recwarn):
+    def run(net, inputs):
+        h = zeros(inputs)
+        with torch.no_grad():
+            for t, x in enumerate(inputs.unbind(1)):
+                h = CHANGES[change](net, t, h, net.cell(x, h))
+        return h
+
+    assert "register_layer" in refusal(Net(run, cell=make()), recwarn)
+
+
+@pytest.mark.parametrize("make", [Tanh, lambda: nn.GRUCell(FEATURES, HIDDEN)], ids=["own", "torch"])
+def test_segments_of_a_loop_that_are_checkpointed_are_followed(make):
+    def segment(net, inputs, h):
+        for x in inputs.unbind(1):
+            h = net.cell(x, h)
+        return h
+
+    def run(net, inputs):
+        h = zeros(inputs).requires_grad_()
+        for part in inputs.split(10, 1):
+            h = checkpoint(segment, net, part, h, use_reentrant=True)
+        return h
+
+    net = Net(run, cell=make())
+    assert_spectrum(measured(net), reference(one(twin(net.cell))))
 
 
 # Weights that are made from others
