@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.utils import _pytree as pytree
 
 from lightning_lyapunov.layers.trees import flatten, unflatten
@@ -96,8 +97,20 @@ def aliased_copy(module: nn.Module) -> nn.Module | None:
     """
     if is_sharded(module):
         return None
-    parameters = module.parameters()
-    return _deepcopy(module, {id(parameter): parameter for parameter in parameters})
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
+    for part in module.modules():
+        for hook in part._forward_pre_hooks.values():
+            if isinstance(hook, SpectralNorm):  # its vectors change before each call; the call has seen those of now
+                vectors = (part._buffers[f"{hook.name}_{suffix}"] for suffix in ("u", "v"))
+                memo |= {id(vector): vector for vector in vectors}
+    aliased = _deepcopy(module, memo)
+    for part in aliased.modules():
+        for key, hook in part._forward_pre_hooks.items():
+            if isinstance(hook, SpectralNorm):
+                still = copy.copy(hook)
+                still.n_power_iterations = 0
+                part._forward_pre_hooks[key] = still
+    return aliased
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -1214,6 +1214,33 @@ def test_weights_that_are_normalised_are_followed():
     assert_lstm(net, "cell", net.cell, weight)
 
 
+@pytest.mark.parametrize("kind", ["cell", "layer"])
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*")
+@pytest.mark.filterwarnings("ignore:.*RNN module weights.*")
+def test_weights_with_the_older_spectral_norm_are_followed(kind):
+    make, run, name = {
+        "cell": (nn.GRUCell(FEATURES, HIDDEN), loop, "weight_hh"),
+        "layer": (nn.GRU(FEATURES, HIDDEN, batch_first=True), layer_pass, "weight_hh_l0"),
+    }[kind]
+    net = Net(run, cell=nn.utils.spectral_norm(make, name))
+    actual = measured(net)
+    weights = {key.removesuffix("_l0"): value.double() for key, value in net.cell.state_dict().items()}
+    weight, u, v = (getattr(net.cell, f"{name}_{part}").detach().double() for part in ("orig", "u", "v"))
+    cell = nn.GRUCell(FEATURES, HIDDEN).double()
+    cell.load_state_dict({**weights, "weight_hh": weight / (u @ weight @ v)}, strict=False)
+    assert_spectrum(actual, reference(one(cell)))
+
+
+def test_a_cell_with_the_older_spectral_norm_trains_as_without_the_monitor():
+    trained = []
+    for callbacks in ([], [LyapunovMonitor("cell", num_exponents=COUNT, strict=True, every_n_train_steps=1)]):
+        torch.manual_seed(0)
+        net = Net(loop, cell=nn.utils.spectral_norm(nn.GRUCell(FEATURES, HIDDEN), "weight_hh"))
+        fit(net, *callbacks, data=DataLoader(INPUTS, 2), max_epochs=1)
+        trained.append(net.state_dict())
+    assert all(map(torch.equal, *(state.values() for state in trained)))
+
+
 # What is no function of the arguments
 
 
