@@ -4,7 +4,7 @@
 
 Each is shown a value, then 59 steps of noise, and says at the end what the value was. A loss of 1 is chance. The page
 `reading_the_dashboard.md` tells what to see, with the figures of such a run. The curves are written to `runs/remedies`,
-anew at every call, and a picture of them beside. The gain is in decades, over the 40 steps that are averaged.
+anew at every call, and a picture of them beside. The gain is in decades, over the 60 steps of a sequence.
 """
 
 import argparse
@@ -166,7 +166,7 @@ def train(run: Run, data: DataLoader[tuple[Tensor, ...]], seed: int) -> Result:
     model = Recall(run)
     # The sequences are short: 20 steps of warm-up leave 40 to average.
     monitor = LyapunovMonitor(every_n_train_steps=20, warmup=20)
-    rule = InstabilityStopping(threshold=0.1, verbose=False)
+    rule = InstabilityStopping(verbose=False)
     trainer = L.Trainer(
         max_epochs=1,
         callbacks=[monitor, rule] if run.stop else [monitor],

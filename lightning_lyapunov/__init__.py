@@ -6,7 +6,7 @@ along its input. Gradients that flow back through time grow and fade at the same
 The names that matter:
 
 - :class:`LyapunovMonitor`, a Lightning callback: logs the spectrum of every recurrent layer of a model.
-- :class:`InstabilityStopping`, a callback: ends a run whose dynamics have become unstable.
+- :class:`InstabilityStopping`, a callback: ends a run whose gradients explode over its sequences.
 - :func:`lyapunov_spectrum`: the spectrum of a recurrent module or of any map, without Lightning.
 - :func:`lyapunov_init_`: move the leading exponents of a module to zero, so that gradients neither vanish nor explode.
 - :func:`jacobians`: the Jacobian of the state after each step by the state before it.
@@ -35,6 +35,7 @@ from lightning_lyapunov.metrics import (
     MemorySteps,
     NumFlooredExponents,
     NumPositiveExponents,
+    SequenceLength,
     ShareNearZero,
     lyapunov_metrics,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "MemorySteps",
     "NumFlooredExponents",
     "NumPositiveExponents",
+    "SequenceLength",
     "ShareNearZero",
     "__version__",
     "jacobians",

@@ -5,7 +5,6 @@ split of the data over batches or processes gives the same result.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_lyapunov.invariants import kaplan_yorke_dimension, kolmogorov_sinai_entropy, num_positive
 from lightning_lyapunov.kernel.propagation import EXPONENT_FLOOR
-from lightning_lyapunov.moments import Estimates, SpectrumMetric
+from lightning_lyapunov.moments import Estimates, ScalarMetric, SpectrumMetric, VectorMetric
 
 __all__ = [
     "KaplanYorkeDimension",
@@ -30,37 +29,13 @@ __all__ = [
     "NumPositiveExponents",
     "NumSequences",
     "NumSteps",
+    "SequenceLength",
     "ShareNearZero",
     "lyapunov_metrics",
 ]
 
 
-class _VectorMetric(SpectrumMetric):
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot the value, or several values, over the index of the exponent.
-
-        Args:
-            val: a value of :meth:`compute`, or several; the metric's own by default.
-            ax: a matplotlib axis to draw in; a new figure by default.
-
-        Returns:
-            The figure and the axis.
-
-        Raises:
-            ModuleNotFoundError: if matplotlib is not installed.
-        """
-        from matplotlib import pyplot
-
-        figure, ax = (ax.get_figure(), ax) if ax is not None else pyplot.subplots()
-        values = [self.compute()] if val is None else val if isinstance(val, list | tuple) else [val]
-        for value in values:
-            ax.plot(range(1, self.num_exponents + 1), value.detach().cpu().reshape(-1), ".-")
-        ax.axhline(0, color="0.6", linewidth=1)
-        ax.set(xlabel="exponent", ylabel="nats per step", title=type(self).__name__)
-        return figure, ax
-
-
-class LyapunovSpectrum(_VectorMetric):
+class LyapunovSpectrum(VectorMetric):
     """The Lyapunov spectrum of a set of sequences, ``(num_exponents,)``, largest first, in nats per step.
 
     Args:
@@ -81,13 +56,7 @@ class LyapunovSpectrum(_VectorMetric):
         return estimates.spectrum
 
 
-class _ScalarMetric(SpectrumMetric):
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot the value, or several values over their step; see :meth:`torchmetrics.Metric.plot`."""
-        return self._plot(val, ax)
-
-
-class LyapunovStandardError(_VectorMetric):
+class LyapunovStandardError(VectorMetric):
     """The standard error of each exponent of :class:`LyapunovSpectrum` over the sequences, ``(num_exponents,)``.
 
     NaN for fewer than two sequences, 0 for an exponent at the floor.
@@ -110,7 +79,7 @@ class LyapunovStandardError(_VectorMetric):
         return estimates.stderr
 
 
-class MaximalLyapunovExponent(_ScalarMetric):
+class MaximalLyapunovExponent(ScalarMetric):
     """The largest exponent, in nats per step: perturbations and gradients grow (> 0) or fade (< 0) at this rate.
 
     Args:
@@ -133,7 +102,7 @@ class MaximalLyapunovExponent(_ScalarMetric):
         return estimates.spectrum[..., 0]
 
 
-class MaximalLyapunovStandardError(_ScalarMetric):
+class MaximalLyapunovStandardError(ScalarMetric):
     """The standard error of the largest exponent over the sequences; NaN for fewer than two.
 
     Args:
@@ -156,7 +125,7 @@ class MaximalLyapunovStandardError(_ScalarMetric):
         return estimates.stderr[..., 0]
 
 
-class MeanLyapunovExponent(_ScalarMetric):
+class MeanLyapunovExponent(ScalarMetric):
     """The mean of the exponents; for a full spectrum, the mean log-volume change per step and direction.
 
     Args:
@@ -177,7 +146,7 @@ class MeanLyapunovExponent(_ScalarMetric):
         return estimates.spectrum.mean(-1)
 
 
-class KaplanYorkeDimension(_ScalarMetric):
+class KaplanYorkeDimension(ScalarMetric):
     """:func:`~lightning_lyapunov.kaplan_yorke_dimension` of the mean spectrum.
 
     Args:
@@ -198,7 +167,7 @@ class KaplanYorkeDimension(_ScalarMetric):
         return kaplan_yorke_dimension(estimates.spectrum)
 
 
-class KolmogorovSinaiEntropy(_ScalarMetric):
+class KolmogorovSinaiEntropy(ScalarMetric):
     """:func:`~lightning_lyapunov.kolmogorov_sinai_entropy` of the mean spectrum, in nats per step.
 
     Args:
@@ -219,7 +188,7 @@ class KolmogorovSinaiEntropy(_ScalarMetric):
         return kolmogorov_sinai_entropy(estimates.spectrum)
 
 
-class NumPositiveExponents(_ScalarMetric):
+class NumPositiveExponents(ScalarMetric):
     """How many directions grow.
 
     Args:
@@ -240,7 +209,7 @@ class NumPositiveExponents(_ScalarMetric):
         return num_positive(estimates.spectrum)
 
 
-class NumFlooredExponents(_ScalarMetric):
+class NumFlooredExponents(ScalarMetric):
     """How many directions are wiped out: their exponents are at the floor.
 
     Args:
@@ -264,7 +233,7 @@ class NumFlooredExponents(_ScalarMetric):
         return (spectrum <= EXPONENT_FLOOR).float().sum(-1).masked_fill(spectrum.isnan().any(-1), math.nan)
 
 
-class NumSequences(_ScalarMetric):
+class NumSequences(ScalarMetric):
     """How many sequences, or stretches of one, the others are from; NaN if the steps of one are: it was not measured.
 
     Args:
@@ -285,7 +254,7 @@ class NumSequences(_ScalarMetric):
         return estimates.samples
 
 
-class NumSteps(_ScalarMetric):
+class NumSteps(ScalarMetric):
     """How many steps the others are averaged over, of all sequences together.
 
     Args:
@@ -306,8 +275,32 @@ class NumSteps(_ScalarMetric):
         return estimates.total_steps
 
 
-class Log10GradientGain(_ScalarMetric):
-    r"""The decades by which a gradient grows (+) or fades (-) over the steps averaged: ``lambda_1 T / ln 10``.
+class SequenceLength(ScalarMetric):
+    """The steps of a sequence as the layer was called with it, whether they were averaged or not; their mean.
+
+    Args:
+        num_exponents: number of exponents of each spectrum.
+        kwargs: see :class:`torchmetrics.Metric`.
+
+    Example::
+
+        >>> from torch import tensor
+        >>> metric = SequenceLength(num_exponents=1)
+        >>> metric.update(tensor([[0.1], [0.3]]), steps=50, lengths=tensor([280, 320]))
+        >>> metric.compute()
+        tensor(300., dtype=torch.float64)
+    """
+
+    @staticmethod
+    def read(estimates: Estimates) -> Tensor:
+        return estimates.length
+
+
+class Log10GradientGain(ScalarMetric):
+    r"""The decades by which a gradient grows (+) or fades (-) from the end of a sequence to its start.
+
+    It is ``lambda_1 L / ln 10``, where ``L`` is :class:`SequenceLength`: the whole sequence, and not the steps that
+    ``lambda_1`` is averaged over. Of sequences that are not equally long ``L`` is the mean.
 
     Args:
         num_exponents: number of exponents of each spectrum.
@@ -317,23 +310,23 @@ class Log10GradientGain(_ScalarMetric):
 
         >>> from torch import tensor
         >>> metric = Log10GradientGain(num_exponents=1)
-        >>> metric.update(tensor([[-0.0230259]]), steps=100)
+        >>> metric.update(tensor([[-0.0230259]]), steps=50, lengths=100)
         >>> metric.compute()
         tensor(-1.0000, dtype=torch.float64)
     """
 
     @staticmethod
     def read(estimates: Estimates) -> Tensor:
-        return estimates.spectrum[..., 0] * estimates.steps / math.log(10)
+        return estimates.spectrum[..., 0] * estimates.length / math.log(10)
 
 
-class MemorySteps(_ScalarMetric):
+class MemorySteps(ScalarMetric):
     """The steps in which the slowest direction fades to 1/e: ``1 / |lambda_1|``, at most the steps averaged.
 
     Where ``lambda_1`` is positive, those in which the fastest direction grows e-fold. Beyond the steps averaged nothing
     is known: an exponent that is an average over ``T`` steps is off by the order of ``1 / T`` (measured over RNN, LSTM
     and GRU networks, 80 steps after 20 of warm-up: 0.01 to 1.6 times that). A value of the steps averaged therefore
-    means so many or more.
+    means so many or more. Compare it with :class:`SequenceLength`: what is to be learned may lie as far back.
 
     Args:
         num_exponents: number of exponents of each spectrum.
@@ -353,7 +346,7 @@ class MemorySteps(_ScalarMetric):
         return torch.minimum(1 / estimates.spectrum[..., 0].abs(), estimates.steps)
 
 
-class ShareNearZero(_ScalarMetric):
+class ShareNearZero(ScalarMetric):
     """The share of the exponents within one over the steps averaged of zero: directions that neither grow nor fade.
 
     Over those steps they change by less than a factor e, which is what so many steps can tell from no change; see
@@ -392,6 +385,7 @@ _SUMMARY: dict[str, type[SpectrumMetric]] = {
     "stderr": LyapunovStandardError,
     "num_sequences": NumSequences,
     "num_steps": NumSteps,
+    "sequence_length": SequenceLength,
 }
 
 

@@ -411,6 +411,7 @@ _NUMBERS = (
     "share_near_zero",
     "num_sequences",
     "num_steps",
+    "sequence_length",
 )
 
 

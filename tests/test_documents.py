@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import ROOT, Regressor, fit
 
-from lightning_lyapunov import LyapunovMonitor, lyapunov_spectrum
+from lightning_lyapunov import InstabilityStopping, LyapunovMonitor, lyapunov_spectrum
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGE = (ROOT / "examples" / "reading_the_dashboard.md").read_text(encoding="utf-8")
@@ -163,6 +163,35 @@ def test_the_remedies_are_run_beside_their_troubles(monkeypatch, tmp_path, capsy
     assert f"tensorboard --logdir {tmp_path / 'runs' / 'remedies'}" in said
     assert (tmp_path / "runs" / "remedies" / "remedies.png").stat().st_size > 10_000
     assert len(list((tmp_path / "runs" / "remedies").glob("*/*/events.out.tfevents.*"))) == 12
+
+
+@pytest.mark.slow
+def test_the_stopping_rules_are_compared_on_runs_that_are_recorded_once(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    example = runpy.run_path(str(ROOT / "examples" / "stopping.py"))
+    # Half of the sweep was cut short.
+    example["sweep"](example["settings"](fast=True)[:6], example["FOLDER"] / "traces.jsonl")
+    run_example("stopping.py", monkeypatch, tmp_path, "--fast")
+    said = capsys.readouterr().out
+    assert "0 of 6 runs are in" in said
+    assert "6 of 12 runs are in" in said
+    rows = dict(re.findall(r"^(.*?) +(\d+)%  \d$", said, re.MULTILINE))
+    assert set(rows) == set(example["RULES"])
+    assert int(rows["NaN alone"]) <= int(rows["InstabilityStopping()"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["InstabilityStopping()", "InstabilityStopping(lower_threshold=-1.0)"])
+@pytest.mark.parametrize("setting", [("RNN", 1e-3, 4.0), ("RNN", 3e-1, 1.0), ("RNN", 3e-3, 1.0)], ids=str)
+def test_a_replayed_rule_stops_where_the_callback_does(setting, name):
+    example = runpy.run_path(str(ROOT / "examples" / "stopping.py"))
+    setting = example["Setting"](*setting, epochs=4)
+    (epochs,) = example["RULES"][name]([example["train"](setting)])
+    torch.manual_seed(0)
+    rule, model = eval(name, {"InstabilityStopping": InstabilityStopping}), example["Recall"](setting)
+    monitor = LyapunovMonitor(warmup=10, log_spectrum=False)
+    data = example["sequences"](10, seed=1)
+    assert fit(model, monitor, rule, data=data, max_epochs=4).current_epoch == epochs
 
 
 def test_what_the_page_on_the_dashboard_names_exists():

@@ -13,6 +13,7 @@ from lightning_lyapunov.callbacks.summaries import CellMetrics, CellSamples, sum
 from lightning_lyapunov.callbacks.warn_once import WarnOnce
 from lightning_lyapunov.functional import layer_growth, working_dtype
 from lightning_lyapunov.kernel.propagation import Growth
+from lightning_lyapunov.layers.base import Sequences
 from lightning_lyapunov.layers.discovery import FoundLayer
 from lightning_lyapunov.layers.sharding import gathered
 from lightning_lyapunov.recording.cells import NotFollowedError
@@ -46,10 +47,17 @@ class Options:
 
 @dataclass(frozen=True)
 class _Measured:
-    """This rank has measured the layer: the growth of each of its cells, and the sizes of their states."""
+    """This rank has measured the layer.
+
+    Attributes:
+        growths: the growth of each of its cells, of each member of the batch.
+        state_sizes: the sizes of their states.
+        lengths: the length of the sequences of each member.
+    """
 
     growths: list[Growth]
     state_sizes: tuple[int, ...]
+    lengths: Tensor
 
 
 class _NotCalled:
@@ -83,6 +91,14 @@ class Measurement:
         self._state_sizes = {name: found.state_sizes for name, found in layers.items()}
         self._followed: dict[str, Followed] = {}
         self._error: Exception | None = None
+
+    @property
+    def cell_names(self) -> list[str]:
+        """The names of all cells, in model order."""
+        return [self._full_name(name, cell) for name, cells in self._cell_names.items() for cell in cells]
+
+    def _full_name(self, name: str, cell: str) -> str:
+        return f"{name}.{cell}" if len(self._cell_names[name]) > 1 else name
 
     def metrics(
         self,
@@ -122,12 +138,12 @@ class Measurement:
 
     def _samples(self, name: str, outcome: "_Measured | _NotCalled | _Failed", strategy: Any) -> dict[str, CellSamples]:
         """Return what this rank adds to each cell of a layer, nothing where it has nothing."""
-        samples, names = {}, self._cell_names[name]
+        samples = {}
         if isinstance(outcome, _Measured) and _is_replica(strategy):
             outcome = _NotCalled()
-        for index, cell in enumerate(names):
+        for index, cell in enumerate(self._cell_names[name]):
             count = self._num_exponents_of(name, index, outcome, strategy)
-            samples[f"{name}.{cell}" if len(names) > 1 else name] = _samples(outcome, index, count)
+            samples[self._full_name(name, cell)] = _samples(outcome, index, count)
         return samples
 
     def _outcome(
@@ -189,7 +205,13 @@ class Measurement:
             segments=min(_SEGMENTS, averaged) if len(sequences.lengths) == 1 else 1,
         )
         self._check_sizes(name, layer.state_sizes)
-        return _Measured([_of_members(growth, sequences.members) for _, growth in growths], layer.state_sizes)
+        lengths = sequences.lengths if sequences.full_lengths is None else sequences.full_lengths
+        index = _member_of_each(sequences) if len(growths[0][1].steps) == 1 else None
+        if index is None:
+            return _Measured([growth for _, growth in growths], layer.state_sizes, lengths)
+        mean = _summed(lengths, index) / _summed(torch.ones_like(lengths), index)
+        summed = [Growth(_summed(g.total, index, 1), _summed(g.steps, index, 1)) for _, g in growths]
+        return _Measured(summed, layer.state_sizes, mean)
 
     def _check_sizes(self, name: str, sizes: tuple[int, ...]) -> None:
         """Raise unless a layer has the cells that it had at the start, and states as large as the model says."""
@@ -219,24 +241,32 @@ class Measurement:
         return size if self._options.num_exponents is None else min(self._options.num_exponents, size)
 
 
-def _of_members(growth: Growth, members: Tensor | None) -> Growth:
-    """Return the growth of each member of the batch over all of its sequences, which are not independent."""
-    if members is None or len(growth.steps) > 1 or len(members.unique()) in (1, len(members)):
-        return growth
-    _, index = members.to(growth.total.device).unique(return_inverse=True)
-    count = int(index.max()) + 1
-    total = growth.total.new_zeros(1, count, growth.total.shape[-1]).index_add(1, index, growth.total)
-    return Growth(total, growth.steps.new_zeros(1, count).index_add(1, index, growth.steps))
+def _member_of_each(sequences: Sequences) -> Tensor | None:
+    """Return the number of the member of the batch that each sequence is of; None if all are of one, or all differ.
+
+    The sequences of a member are not independent: together they are one sample.
+    """
+    members = sequences.members
+    if members is None or len(members.unique()) in (1, len(members)):
+        return None
+    return members.unique(return_inverse=True)[1]
+
+
+def _summed(values: Tensor, index: Tensor, axis: int = 0) -> Tensor:
+    """Return the sums over the sequences of each member along an axis."""
+    shape = (*values.shape[:axis], int(index.max()) + 1, *values.shape[axis + 1 :])
+    return values.new_zeros(shape).index_add(axis, index.to(values.device), values)
 
 
 def _samples(outcome: _Measured | _NotCalled | _Failed, index: int, count: int) -> CellSamples:
-    """Return exponents ``(samples, num_exponents)``, steps ``(samples,)`` and samples per sequence of one cell."""
+    """Return what a layer adds to one of its cells."""
     if isinstance(outcome, _Failed):
         return CellSamples(torch.full((1, count), math.nan, device="cpu"), torch.full((1,), math.nan, device="cpu"))
     if isinstance(outcome, _NotCalled):
         return CellSamples(torch.empty(0, count, device="cpu"), torch.empty(0, device="cpu"))
     total, steps = outcome.growths[index]
-    return CellSamples((total / steps.unsqueeze(-1)).flatten(0, 1), steps.flatten(), len(steps))
+    segments, lengths = len(steps), outcome.lengths.repeat(len(steps))
+    return CellSamples((total / steps.unsqueeze(-1)).flatten(0, 1), steps.flatten(), segments, lengths)
 
 
 def _is_replica(strategy: Any) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_lyapunov.callbacks.guard import guarded
 from lightning_lyapunov.callbacks.publish import Estimate
 from lightning_lyapunov.callbacks.run import Run
+from lightning_lyapunov.callbacks.saved import Saved
 from lightning_lyapunov.callbacks.trainer_hooks import TrainerHooks
 from lightning_lyapunov.functional import layer_growth
 from lightning_lyapunov.reporting.figure import history_figure
@@ -56,7 +57,7 @@ class LyapunovMonitor(TrainerHooks):
 
     Attributes:
         estimates: the last measurement of each ``"lyapunov/<layer>/max"``, and of ``"lyapunov/max"``: value, standard
-            error, number of sequences, layer and step.
+            error, number of sequences, layer, step and the length of the sequences. They are saved in checkpoints.
         growth_of: computes the growth of the cells of a layer: :func:`~lightning_lyapunov.functional.layer_growth`. A
             subclass may replace it.
 
@@ -72,8 +73,8 @@ class LyapunovMonitor(TrainerHooks):
 
     Example::
 
-        >>> from lightning.pytorch.callbacks import EarlyStopping
-        >>> callbacks = [LyapunovMonitor(), EarlyStopping("lyapunov/max", divergence_threshold=0.5, patience=10**6)]
+        >>> from lightning.pytorch.callbacks import ModelCheckpoint
+        >>> callbacks = [LyapunovMonitor(every_n_train_steps=100), ModelCheckpoint(monitor="val_loss")]
     """
 
     growth_of = staticmethod(layer_growth)
@@ -117,6 +118,8 @@ class LyapunovMonitor(TrainerHooks):
         self.estimates: dict[str, Estimate] = {}
         self._history = History()
         self._run: Run | None = None
+        self._measured_step: int | None = None
+        self._loaded: Saved | None = None
 
     @property
     def history(self) -> dict[str, dict[str, Tensor]]:
@@ -170,13 +173,16 @@ class LyapunovMonitor(TrainerHooks):
 
     @guarded(default={})
     def state_dict(self) -> dict[str, Any]:
-        """Return the history. Guarded: without it, the checkpoint is saved all the same."""
-        return self._history.state_dict()
+        """Return the history and the estimates. Guarded: without them, the checkpoint is saved all the same."""
+        return {**self._history.state_dict(), **Saved.of(self).state_dict()}
 
     @guarded()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a history. Guarded, and each of its cells in :class:`History`."""
+        """Load a history and estimates. Guarded, and each of its cells in :class:`History`."""
         self._history.load_state_dict(state_dict)
+        self._loaded = Saved.read(state_dict)
+        if self._run:  # some strategies load it after the start of the fit
+            self._run.resume(self)
 
     @guarded()
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Where the numbers go: the trainer's metrics, the loggers and the history."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ _LOGGED = (
     "share_near_zero",
     "num_sequences",
     "num_steps",
+    "sequence_length",
 )
 
 
@@ -42,6 +43,8 @@ class Estimate(NamedTuple):
         num_sequences: how many sequences, or segments of one, it is from.
         layer: the name of its layer.
         step: the step of the loggers.
+        length: the mean length of the sequences that the layer was called with.
+        is_extra: whether it was taken only because a run was resumed: without the break there would be none.
     """
 
     value: float
@@ -49,6 +52,13 @@ class Estimate(NamedTuple):
     num_sequences: int
     layer: str
     step: int
+    length: float = math.nan
+    is_extra: bool = False
+
+    @property
+    def log10_gradient_gain(self) -> float:
+        """The decades by which a gradient grows over a whole sequence."""
+        return self.value * self.length / math.log(10)
 
 
 def logger_step(trainer: Any, *, epoch_ended: bool = False) -> int:
@@ -103,12 +113,18 @@ class Publisher:
         self._budget = PictureBudget()
         self._undrawn: tuple[list[str], int] | None = None
 
-    def publish(self, trainer: Any, cells: CellMetrics, step: int) -> None:
+    def restore(self, estimates: dict[str, Estimate], cells: Collection[str]) -> None:
+        """Go on with the estimates of an earlier run, of those of its cells that there are."""
+        kept = {key: estimate for key, estimate in estimates.items() if estimate.layer in cells}
+        self._measured = {key: estimate for key, estimate in kept.items() if key != "lyapunov/max"}
+        self.estimates = kept
+
+    def publish(self, trainer: Any, cells: CellMetrics, step: int, *, is_extra: bool = False) -> None:
         """Publish the metrics of all cells, the same on every rank, at a step of the loggers."""
         scalars: dict[str, float] = {}
         rows: dict[str, tuple[Tensor, Tensor]] = {}
         for cell, metrics in cells.items():
-            metrics = self._update(cell, metrics, step)
+            metrics = self._update(cell, metrics, step, is_extra)
             scalars.update({f"lyapunov/{cell}/{name}": float(metrics[name]) for name in _LOGGED})
             spectrum, stderr = (metrics[name].float().cpu().reshape(-1) for name in ("spectrum", "stderr"))
             rows[cell] = spectrum, stderr
@@ -139,13 +155,14 @@ class Publisher:
             (cells, step), self._undrawn = self._undrawn, None
             self._show(trainer.loggers, cells, step, numbers=False)
 
-    def _update(self, cell: str, metrics: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+    def _update(self, cell: str, metrics: dict[str, Tensor], step: int, is_extra: bool) -> dict[str, Tensor]:
         """Return the metrics to publish of a cell: for a while the last ones, where it was not called on any rank."""
         if metrics["num_sequences"] > 0:
             self._repeats[cell] = 0
             # A layer that was not called or not measured must not end a run; NaN in one that was is the network's own.
             values = float(metrics["max"]), float(metrics["max_stderr"]), int(metrics["num_sequences"])
-            self._measured[f"lyapunov/{cell}/max"] = Estimate(*values, layer=cell, step=step)
+            length = float(metrics["sequence_length"])
+            self._measured[f"lyapunov/{cell}/max"] = Estimate(*values, cell, step, length, is_extra)
         else:
             self._repeats[cell] = self._repeats.get(cell, 0) + 1
             if self._repeats[cell] > MAX_REPEATS:

@@ -12,6 +12,8 @@ In training, at the end of a batch whose optimizer step is the one that was agre
 * ``CellSummaries.compute`` (``summarised``) gathers sums over sequences, once for all cells with as many exponents. The
   cells are those of the model at the start of the run; a rank without data, with a failed measurement, or in whose
   batch a layer was not called adds nothing or NaN, and makes the call. With ``strict`` the error is raised after it.
+* ``strategy.broadcast`` of whether the first measurement of a fit is made only because it was resumed
+  (``Run._take_note``).
 * ``strategy.broadcast`` of the next agreement (``CommonSchedule.end_batch``): after the measurement, or instead of it.
 * ``strategy.reduce_boolean_decision`` (``InstabilityStopping``): at each new measurement, which all ranks publish in
   the same hook.

@@ -13,7 +13,8 @@ from lightning_lyapunov.callbacks.next_step import NextStep
 from lightning_lyapunov.callbacks.overhead import Overhead
 from lightning_lyapunov.callbacks.publish import Publisher
 from lightning_lyapunov.callbacks.ranks import CommonSchedule
-from lightning_lyapunov.callbacks.schedule import Progress, Schedule
+from lightning_lyapunov.callbacks.saved import Saved
+from lightning_lyapunov.callbacks.schedule import Progress, Schedule, is_asked_for
 from lightning_lyapunov.callbacks.step_recorder import StepRecorder
 from lightning_lyapunov.callbacks.warn_once import WarnOnce
 from lightning_lyapunov.layers.discovery import FoundLayer
@@ -49,6 +50,10 @@ class Run:
         strict: raise what goes wrong, instead of warning once.
         has_budget: whether a budget of time was given; without one, an expensive measurement is reported.
         next_step: records the step of the current batch; None for a batch that is not recorded.
+        every: the epochs and the optimizer steps after which a measurement is due.
+        resumed_from: the optimizer step of the last measurement of the run that this one resumes; None if of none.
+        num_postponed: how many measurements were due since the last one, and did not fit in the budget.
+        is_extra: whether a measurement is made only because the run was resumed at its batch.
     """
 
     trainer: weakref.ReferenceType[Any]
@@ -61,6 +66,11 @@ class Run:
     strict: bool = False
     has_budget: bool = False
     next_step: NextStep | None = None
+    every: tuple[int | None, int | None] = (None, None)
+    resumed_from: int | None = None
+    num_postponed: int = 0
+    is_extra: bool = False
+    _step: int = 0
 
     @classmethod
     def start(
@@ -84,11 +94,13 @@ class Run:
             warn=warn,
             strict=monitor.strict,
             has_budget=monitor.max_overhead is not None,
+            every=(monitor.every_n_epochs, monitor.every_n_train_steps),
         )
         with _STARTING:
             other: Run | None = monitor._run
             if other is None or not other._goes_on_beside(trainer):
                 monitor._run = run
+                run.resume(monitor)
                 return
         if monitor.strict:
             raise RuntimeError(_BUSY)
@@ -125,14 +137,26 @@ class Run:
     def end_batch(self, trainer: Any, progress: Progress, step: int) -> None:
         """Measure at the end of a batch, if that is due, and let the ranks agree on what is next."""
         try:
-            if self.schedule.measure_batch(progress):
+            is_due = self.schedule.measure_batch(progress)
+            self._take_note(trainer, progress, is_due)
+            if is_due:
                 self.measure(trainer, step)
         finally:  # also after an error that the other ranks may not have had
             self._agree(progress)
 
+    def _take_note(self, trainer: Any, progress: Progress, is_due: bool) -> None:
+        """Count a measurement that is asked for and postponed, and find out whether one is made only after a resume."""
+        self.num_postponed += self.has_budget and not is_due and is_asked_for(*self.every, progress, self._step)
+        self._step, since = progress.global_step, self.resumed_from
+        is_first = self.schedule.measured_step is None
+        only_resumed = since is not None and not is_asked_for(*self.every, progress, since)
+        # Epochs may end at other steps on other ranks: rank 0 decides.
+        self.is_extra = is_due and is_first and bool(trainer.strategy.broadcast(only_resumed))
+
     def measure(self, trainer: Any, step: int, *, again: bool = False) -> None:
         """Measure and publish at a step of the loggers, from the recorded calls or ``again`` from the last ones."""
         self.schedule.measured(trainer.global_step)
+        self.num_postponed = 0
         with beside_modes(), self.overhead.measurement():
             calls = None if again else self.recorder.take()
             try:
@@ -142,7 +166,7 @@ class Run:
                     raise
                 self._warn_of_ranks(error)
                 return
-            self.publisher.publish(trainer, cells, step)
+            self.publisher.publish(trainer, cells, step, is_extra=self.is_extra)
         if not self.has_budget and trainer.is_global_zero and (message := self.overhead.warning_message()):
             self.warn("overhead", message)
 
@@ -150,6 +174,19 @@ class Run:
         """Take part in the measurement of the other ranks, without a batch."""
         if trainer.world_size > 1 and self.schedule.measured_step is None:
             self.measure(trainer, step, again=True)
+
+    def resume(self, monitor: Any) -> None:
+        """Go on where the checkpoint was saved that a monitor has loaded; without one, start without estimates."""
+        saved: Saved | None = monitor._loaded
+        if saved is not None:
+            self.resumed_from = saved.measured_step
+            self.publisher.restore(saved.estimates, self.measurement.cell_names)
+        monitor.estimates, monitor._loaded = self.publisher.estimates, None
+
+    @property
+    def last_step(self) -> int | None:
+        """The optimizer step of the last measurement, also of that in the run that this one resumes."""
+        return self.resumed_from if self.schedule.measured_step is None else self.schedule.measured_step
 
     def stop(self) -> None:
         """Record no more, and forget what was recorded in the current batch."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from lightning_lyapunov.callbacks.overhead import Overhead
 
-__all__ = ["Progress", "Schedule"]
+__all__ = ["Progress", "Schedule", "is_asked_for"]
 
 
 class Progress(NamedTuple):
@@ -28,6 +28,20 @@ class Progress(NamedTuple):
     num_batches: float = math.inf
     accumulate: int = 1
     max_steps: int = -1
+
+
+def is_asked_for(every_n_epochs: int | None, every_n_train_steps: int | None, progress: Progress, since: int) -> bool:
+    """Return whether a schedule asks for a measurement at the end of a batch, whatever the budget.
+
+    Args:
+        every_n_epochs: at the end of every so many epochs; None for none of these.
+        every_n_train_steps: every so many optimizer steps; None for none of these.
+        progress: at the end of the batch.
+        since: the optimizer steps before it, or at the last measurement.
+    """
+    ends_epoch = every_n_epochs is not None and progress.is_last_batch and (progress.epoch + 1) % every_n_epochs == 0
+    every = every_n_train_steps
+    return ends_epoch or (every is not None and progress.global_step // every > since // every)
 
 
 class Schedule:

@@ -22,11 +22,13 @@ class CellSamples(NamedTuple):
         spectrum: exponents, nats per step, ``(samples, num_exponents)``.
         steps: the steps that each was averaged over, ``(samples,)``.
         segments: how many samples are of one sequence.
+        lengths: the steps of the whole sequence that each is from, ``(samples,)``; None if all were averaged.
     """
 
     spectrum: Tensor
     steps: Tensor
     segments: int = 1
+    lengths: Tensor | None = None
 
 
 class CellSummaries(LyapunovSummary):
@@ -44,12 +46,13 @@ class CellSummaries(LyapunovSummary):
 
     def update(self, samples: Sequence[CellSamples]) -> None:  # type: ignore[override]
         """Add the samples of each cell, in order."""
-        spectra, steps = (
+        whole = [cell.steps * cell.segments if cell.lengths is None else cell.lengths for cell in samples]
+        spectra, steps, lengths = (
             pad_sequence([numbers.to(self.moments) for numbers in column], batch_first=True)
-            for column in ([cell.spectrum for cell in samples], [cell.steps for cell in samples])
+            for column in ([cell.spectrum for cell in samples], [cell.steps for cell in samples], whole)
         )
         # The padding has no steps, so it is ignored.
-        self.add(spectra, steps, torch.tensor([[cell.segments] for cell in samples], device="cpu"))
+        self.add(spectra, steps, torch.tensor([[cell.segments] for cell in samples], device="cpu"), lengths)
 
 
 def summarised(samples: Mapping[str, CellSamples], strategy: Any) -> CellMetrics:

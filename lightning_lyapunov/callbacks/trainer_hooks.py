@@ -8,6 +8,7 @@ from lightning_lyapunov.callbacks.host import AnyCallback
 from lightning_lyapunov.callbacks.publish import Estimate, logger_step
 from lightning_lyapunov.callbacks.ranks import left_out
 from lightning_lyapunov.callbacks.run import Run, failure_message
+from lightning_lyapunov.callbacks.saved import Saved
 from lightning_lyapunov.callbacks.schedule import Progress
 from lightning_lyapunov.callbacks.warn_once import WarnOnce
 from lightning_lyapunov.layers.discovery import find_layers
@@ -28,6 +29,8 @@ class TrainerHooks(AnyCallback):  # type: ignore[misc]
     estimates: dict[str, Estimate]
     _history: History
     _run: Run | None
+    _measured_step: int | None
+    _loaded: Saved | None
 
     # While a model trains
 
@@ -131,7 +134,7 @@ class TrainerHooks(AnyCallback):  # type: ignore[misc]
     def _end_run(self, trainer: Any) -> None:
         if run := self._run_of(trainer):
             run.stop()
-            self._run = None
+            self._measured_step, self._loaded, self._run = run.last_step, None, None
             run.publisher.finish(trainer)
 
 

@@ -20,12 +20,15 @@ class Sequences(NamedTuple):
         states: the state of each cell before the first step, ``(cells, batch, state)``.
         lengths: steps of each sequence, ``(batch,)``, on the CPU.
         members: the member of the recorded batch that each sequence is of, ``(batch,)``, on the CPU; None: all differ.
+        full_lengths: steps of each sequence as the layer was called with it, where only the first ``lengths`` of them
+            are kept, ``(batch,)``, on the CPU; None: all are kept.
     """
 
     inputs: Tensor
     states: Tensor
     lengths: Tensor
     members: Tensor | None = None
+    full_lengths: Tensor | None = None
 
 
 class Call(NamedTuple):

@@ -27,6 +27,7 @@ class Segment(NamedTuple):
         final: the states after it, as ``states``; None where they are not known.
         derived: whether its states were computed from the results of an earlier call; None if nobody can tell.
         parts: the calls that it is made of, if it is made of several.
+        full_lengths: the steps of each member before the call was cut, as ``lengths``; None: it was not cut.
     """
 
     inputs: Tensor | None
@@ -35,11 +36,17 @@ class Segment(NamedTuple):
     final: Tensor | None
     derived: bool | None = False
     parts: "tuple[Segment, ...]" = ()
+    full_lengths: Tensor | None = None
 
     @property
     def passed(self) -> list[Tensor]:
         """The states between the calls that it is made of, each as ``states``."""
         return [part.final for part in self.parts[:-1] if part.final is not None]
+
+    def steps(self) -> list[int]:
+        """Return the steps that the layer took with each member; an empty list for a call that is no stretch."""
+        lengths = self.lengths if self.full_lengths is None else self.full_lengths
+        return [] if lengths is None else lengths.tolist()
 
 
 @dataclass
@@ -55,7 +62,7 @@ class _Track:
     pieces: list[tuple[int, int]] = field(default_factory=list)
 
 
-def join(segments: list[Segment], num_sequences: int, max_steps: int) -> Sequences | None:
+def join(segments: list[Segment], num_sequences: int, max_steps: int, num_missed: int = 0) -> Sequences | None:
     """Return the sequences that calls in order are, the longest of them, evenly spread where they are equally long.
 
     None if there is no step.
@@ -69,6 +76,7 @@ def join(segments: list[Segment], num_sequences: int, max_steps: int) -> Sequenc
         segments: the calls.
         num_sequences: the most sequences to return.
         max_steps: the most steps of each.
+        num_missed: how many calls came after these: a sequence that went on up to the last one goes on through them.
 
     Raises:
         StateChangedError: if a member is given a state that was computed from an earlier result, and is none of these.
@@ -84,7 +92,8 @@ def join(segments: list[Segment], num_sequences: int, max_steps: int) -> Sequenc
     tracks = [track for track in builder.tracks if track.pieces]
     if len({track.pieces[0][0] for track in tracks}) > 1:
         tracks = _without_repeated(tracks, segments)
-    sequences = [_sequence(track, segments, max_steps) for track in tracks]
+    steps = [segment.steps() for segment in segments]
+    sequences = [_sequence(track, segments, max_steps, _full_length(track, steps, num_missed)) for track in tracks]
     sequences = _of_same_data(_distinct([sequence for sequence in sequences if len(sequence.inputs)]))
     chosen = longest([len(sequence.inputs) for sequence in sequences], num_sequences)
     return _padded([sequences[index] for index in chosen]) if sequences else None
@@ -271,9 +280,18 @@ class _Sequence(NamedTuple):
     inputs: Tensor
     states: Tensor
     key: bytes
+    full_length: int
 
 
-def _sequence(track: _Track, segments: list[Segment], max_steps: int) -> _Sequence:
+def _full_length(track: _Track, steps: list[list[int]], num_missed: int) -> int:
+    """Return the steps of a sequence in all of its calls; those that were missed are as long as its last one."""
+    length = sum(steps[index][row] for index, row in track.pieces)
+    index, row = track.pieces[-1]
+    goes_on = len(track.pieces) > 1 and index == len(steps) - 1
+    return length + num_missed * steps[index][row] * goes_on
+
+
+def _sequence(track: _Track, segments: list[Segment], max_steps: int, full_length: int) -> _Sequence:
     pieces, remaining = [], max_steps
     for index, row in track.pieces:
         segment = segments[index]
@@ -284,7 +302,7 @@ def _sequence(track: _Track, segments: list[Segment], max_steps: int) -> _Sequen
         remaining -= steps
         if remaining == 0:
             break
-    return _Sequence(*track.pieces[0], track.member, torch.cat(pieces), track.first_state, track.first_key)
+    return _Sequence(*track.pieces[0], track.member, torch.cat(pieces), track.first_state, track.first_key, full_length)
 
 
 def _distinct(sequences: list[_Sequence]) -> list[_Sequence]:
@@ -365,4 +383,5 @@ def _padded(sequences: list[_Sequence]) -> Sequences:
         torch.stack([sequence.states for sequence in sequences], 1),
         torch.tensor([len(sequence.inputs) for sequence in sequences], device="cpu"),
         torch.tensor([sequence.member for sequence in sequences], device="cpu"),
+        torch.tensor([sequence.full_length for sequence in sequences], device="cpu"),
     )

@@ -83,8 +83,9 @@ def follow(module: nn.Module, recorded: RecordedCalls, num_sequences: int, max_s
         return None
     try:
         with plain_arithmetic():
-            layer, read = _read(module, replace(recorded, calls=calls), num_sequences, max_steps)
-            sequences = read if isinstance(read, Sequences) else join(read, num_sequences, max_steps)
+            limits = num_sequences, max_steps
+            layer, read = _read(module, replace(recorded, calls=calls), *limits)
+            sequences = read if isinstance(read, Sequences) else join(read, *limits, recorded.num_missed)
             if sequences is None:
                 return None
             if isinstance(layer, WatchedCell):
@@ -143,7 +144,7 @@ def _registered_segments(layer: CustomLayer, calls: list[RecordedCall]) -> list[
         finals = _returned_states(layer, sequences, calls)
     check_members(layer, sequences[-1])
     segments = []
-    for call, (inputs, states, lengths, _), final in zip(calls, sequences, finals, strict=True):
+    for call, (inputs, states, lengths, *_), final in zip(calls, sequences, finals, strict=True):
         if call.stepped is not None and final is not None:
             message = difference([call.stepped], [final[0]])
             if message is not None:
@@ -262,7 +263,8 @@ def _closed_form_segments(layer: StackedLayer | CellLayer, calls: list[RecordedC
         sequences, final = layer.read_call(*call.call, call.result)
         # The two directions of a bidirectional layer end at different steps: no call goes on from both.
         derived = False if final is None else _is_derived(layer, call)
-        segments.append(Segment(sequences.inputs, sequences.states, sequences.lengths, final, derived))
+        stretch = Segment(sequences.inputs, sequences.states, sequences.lengths, final, derived)
+        segments.append(stretch._replace(full_lengths=call.full_lengths))
     return segments
 
 

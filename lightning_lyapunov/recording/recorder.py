@@ -48,6 +48,7 @@ class RecordedCall:
         derived: for each argument whether its graph reaches what an earlier call returned.
         has_graph: whether the call was recorded with a graph, so that ``derived`` can be known.
         stepped: the states after it by the step of a registered class, ``(batch, state)``.
+        full_lengths: the steps of each member before the call was cut, ``(batch,)``, on the CPU; None: it was not cut.
     """
 
     arguments: list[Any]
@@ -59,6 +60,7 @@ class RecordedCall:
     derived: list[bool] = field(default_factory=list)
     has_graph: bool = False
     stepped: Tensor | None = None
+    full_lengths: Tensor | None = None
 
     @property
     def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -98,12 +100,14 @@ class RecordedCalls:
         mismatch: how a second run of a call differed from what the layer returned; None if none did.
         wrapper: the module that makes the weights of the layer, the layer's name there, and its first call.
         is_sharded: whether its weights are spread over processes; then no copy of it can be called.
+        num_missed: how many calls came after the last one, when the memory for them was full.
     """
 
     calls: list[RecordedCall] = field(default_factory=list)
     mismatch: str | None = None
     wrapper: tuple[nn.Module, str, RecordedCall] | None = None
     is_sharded: bool = False
+    num_missed: int = 0
 
 
 class Recorder:
@@ -216,6 +220,7 @@ class _Watch:
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._pending = None
         if self.recorded.calls and self._num_bytes > _MAX_BYTES:
+            self.recorded.num_missed += 1
             return
         if self._is_plain is None:  # not before, because hooks may come with the batch
             self._is_plain = is_plain(self._module)

@@ -32,6 +32,7 @@ def trim(module: nn.Module, call: Any, num_sequences: int, max_steps: int) -> bo
     call.arguments, results = few
     batch_axis = 0 if module.batch_first else 1
     steps = results[0].shape[1 - batch_axis]
+    call.full_lengths = torch.full((results[0].shape[batch_axis],), steps, device="cpu")
     if module.bidirectional:  # the other direction starts at the end
         max_steps = steps
     call.arguments = [
@@ -73,13 +74,18 @@ def _trim_packed(
     *,
     reads_backwards: bool,
 ) -> bool:
-    """Cut a packed call before anything pads it: a long member would make every other as long."""
+    """Cut a packed call before anything pads it: a long member would make every other as long.
+
+    Of equally long members, evenly spread ones are kept.
+    """
     steps, batch = len(inputs.batch_sizes), int(inputs.batch_sizes[0])
     numbers = [packed.data.shape[1] * packed.data.element_size() for packed in (inputs, output)]
     if max(call.num_bytes, steps * batch * sum(numbers)) <= _SMALL_CALL:
         return False
     is_cut, parts = steps > max_steps, len(inputs)
-    members = _longest_members(inputs, num_sequences, max_steps)
+    lengths = _lengths(inputs)
+    members = longest(lengths.clamp(max=max_steps).tolist(), num_sequences)
+    call.full_lengths = lengths[members]
     index = torch.tensor(members, device=inputs.data.device)
 
     def unknown_if(unknown: bool, leaf: Any) -> Any:
@@ -99,14 +105,12 @@ def _trim_packed(
     return True
 
 
-def _longest_members(packed: PackedSequence, count: int, max_steps: int) -> list[int]:
-    """Return the members with the most steps up to a number, in order; of equally long ones evenly spread ones."""
+def _lengths(packed: PackedSequence) -> Tensor:
+    """Return the steps of each member, ``(batch,)``, on the CPU."""
     # Batch sizes fall: member i, in order of length, has as many steps as there are sizes above i.
     sizes = packed.batch_sizes.flip(0).contiguous()
     lengths = len(sizes) - torch.searchsorted(sizes, torch.arange(int(sizes[-1]), device="cpu"), right=True)
-    if packed.unsorted_indices is not None:
-        lengths = lengths[packed.unsorted_indices.cpu()]
-    return longest(lengths.clamp(max=max_steps).tolist(), count)
+    return lengths if packed.unsorted_indices is None else lengths[packed.unsorted_indices.cpu()]
 
 
 def _few_packed(packed: PackedSequence, members: list[int], max_steps: int) -> PackedSequence:

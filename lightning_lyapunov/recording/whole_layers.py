@@ -232,7 +232,10 @@ class _Feeder:
             return Segment(None, None, None, None)
         states = flatten_places(template.states, [values[place.index] for place in template.states], batch)
         lengths = torch.full((batch,), len(inputs), device="cpu")
-        return Segment(torch.stack(inputs), states.unsqueeze(0), lengths, self._final(form, template, batch), derived)
+        stretch = Segment(
+            torch.stack(inputs), states.unsqueeze(0), lengths, self._final(form, template, batch), derived
+        )
+        return stretch._replace(full_lengths=self._call.full_lengths)
 
     def _example(self, form: _Form, template: StepCall, step: int, state: Any) -> RecordedCall:
         arguments = self._cut(form, step, 1)
@@ -250,7 +253,8 @@ class _Feeder:
             return None
         (name,) = tensors
         for axis in (1, 0) if self._given[name].ndim > 2 else ():
-            inputs = cast(self._given[name], self._dtype).movedim(axis, 0)[:max_steps]
+            whole = cast(self._given[name], self._dtype).movedim(axis, 0)
+            inputs = whole[:max_steps]
 
             def run(module: nn.Module, inputs: Tensor, axis: int = axis) -> Any:
                 bound = self._signature.bind_partial()
@@ -259,7 +263,8 @@ class _Feeder:
 
             try:
                 if (found := unroll(self._module, inputs, run, num_sequences)) is not None:
-                    return found
+                    layer, sequences = found
+                    return layer, sequences._replace(full_lengths=sequences.lengths + len(whole) - len(inputs))
             except Exception:
                 continue
         return None

@@ -51,7 +51,7 @@ def assert_sum(spectrum, model, inputs, warmup):
 
 def all_nan(values):
     """Return whether all values are NaN, except counts and places, and the largest of all, which is infinite."""
-    counts = ("worst_layer", "num_sequences", "num_steps")
+    counts = ("worst_layer", "num_sequences", "num_steps", "sequence_length")
     numbers = {key: value for key, value in values.items() if not key.endswith(counts) and key != "lyapunov/max"}
     return values["lyapunov/max"] == math.inf and all(value.isnan() for value in numbers.values())
 
@@ -78,7 +78,8 @@ def test_a_weight_that_is_not_finite_makes_every_number_nan(cell, value, name):
 def test_the_layers_below_one_that_is_not_finite_keep_their_numbers(cell):
     _, values = watch(filled(Still(cell, num_layers=3), math.nan, "weight_hh_l1"))
     nan = {key for key, value in values.items() if value.isnan()}
-    counts = {f"lyapunov/rnn.{cell}/{name}" for cell in ("l1", "l2") for name in ("num_sequences", "num_steps")}
+    known = ("num_sequences", "num_steps", "sequence_length")
+    counts = {f"lyapunov/rnn.{cell}/{name}" for cell in ("l1", "l2") for name in known}
     assert nan == keys_of("rnn.l1", "rnn.l2") - {"lyapunov/worst_layer", "lyapunov/max"} - counts
     assert values["lyapunov/max"] == math.inf
     assert values["lyapunov/worst_layer"] == 1

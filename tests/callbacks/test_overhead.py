@@ -242,6 +242,25 @@ def test_a_stopping_rule_counts_what_is_measured_and_nothing_else(clock, cost):
     assert rule.wait_count == 3
 
 
+@pytest.mark.parametrize(
+    ("seconds", "schedule", "batches", "epochs", "count"),
+    [
+        (100.0, {"every_n_train_steps": 1}, 40, 1, 1),
+        (100.0, {}, 2, 20, 1),
+        (4.0, {"every_n_train_steps": 1}, 40, 1, 0),
+        (100.0, {"every_n_train_steps": 10}, 40, 1, 0),
+    ],
+)
+def test_a_rule_with_nothing_new_to_judge_for_long_says_so_once(
+    seconds, schedule, batches, epochs, count, clock, cost, recwarn
+):
+    cost["GRU"] = seconds
+    monitor = cost.monitor(max_overhead=0.5, **schedule)
+    run(clock, monitor, batches=batches, epochs=epochs, callbacks=[InstabilityStopping()])
+    said = messages(recwarn, "has judged nothing since step 0: `max_overhead` has postponed the last 10 measurements")
+    assert len(said) == len(messages(recwarn, "has judged nothing")) == count
+
+
 @pytest.mark.parametrize("share", [0, 1, 0.0, 1.0, -0.1, 1.5, 10, math.nan, math.inf, True, "0.1", (0.1,)], ids=repr)
 def test_what_is_no_share_is_refused_by_name(share):
     with pytest.raises(ValueError, match=r"`max_overhead=.*` must be a share of the training time between 0 and 1"):

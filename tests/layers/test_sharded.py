@@ -277,7 +277,7 @@ def test_a_process_that_is_not_finite_makes_nan_of_all(tmp_path):
     results = sharded(Sharded(each_layer, spoilt), 2, tmp_path)
     assert_all_know_the_same(results)
     # The layer to blame has its number.
-    counts = ("worst_layer", "num_sequences", "num_steps")
+    counts = ("worst_layer", "num_sequences", "num_steps", "sequence_length")
     values = {key: value for key, value in results[0]["values"][-1].items() if not key.endswith(counts)}
     assert values.pop("lyapunov/max") == torch.inf
     assert all(value.isnan() for value in values.values())
