@@ -44,9 +44,9 @@ def test_the_metrics_of_many_cells_are_those_of_each_alone():
     }
     together = summarised(samples, SimpleNamespace(root_device=torch.device("cpu")))
     assert list(together) == list(samples)
-    for cell, (spectrum, steps, segments) in samples.items():
+    for cell, (spectrum, *rest) in samples.items():
         alone = LyapunovSummary(spectrum.shape[1])
-        alone.update(spectrum, steps, segments)
+        alone.update(spectrum, *rest)
         assert_equal(together[cell], alone.compute())
 
 
