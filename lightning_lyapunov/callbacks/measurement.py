@@ -15,6 +15,7 @@ from lightning_lyapunov.functional import layer_growth, working_dtype
 from lightning_lyapunov.kernel.propagation import Growth
 from lightning_lyapunov.layers.base import Sequences
 from lightning_lyapunov.layers.discovery import FoundLayer
+from lightning_lyapunov.layers.outer_state import undisturbed
 from lightning_lyapunov.layers.sharding import gathered
 from lightning_lyapunov.recording.cells import NotFollowedError
 from lightning_lyapunov.recording.reading import Followed, follow
@@ -152,7 +153,8 @@ class Measurement:
         """Measure a layer on this rank."""
         try:
             # On every rank, whatever its batch held: gathering is collective.
-            with gathered(module):
+            wrapper = self._layers[name].wrapper
+            with gathered(module), undisturbed(module, wrapper and wrapper[0]):
                 if error is not None:
                     raise error
                 if again and name in self._followed:

@@ -25,7 +25,9 @@ class LyapunovMonitor(TrainerHooks):
     The monitor measures at the first training batch, and by default at the end of every epoch. On such a batch it
     copies a few of the input sequences of each recurrent layer. After the batch it follows the layer along them, with
     the new weights, and logs how fast perturbations grow or fade. The run itself is not changed: the monitor draws no
-    random numbers, computes no gradients of the model and leaves no hook behind.
+    random numbers, computes no gradients of the model and leaves no hook behind. Where a layer draws or counts in
+    evaluation mode, random states (of torch, Python and NumPy) and the attributes of its class are given back; global
+    variables and what a closure holds cannot be reached.
 
     ``EarlyStopping`` and ``ModelCheckpoint`` find ``"lyapunov/max"`` whatever their settings and their place in the
     list of callbacks, because it is there from the first training batch on. With several ranks, all measure after the

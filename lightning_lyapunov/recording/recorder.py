@@ -1,18 +1,17 @@
 """Record what recurrent layers of a running model are called with and what they return, as it passes by."""
 
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_lyapunov.layers.copies import aliased_copy, assign, has_made_weights, is_sharded, kept_tensors, same
 from lightning_lyapunov.layers.discovery import FoundLayer
+from lightning_lyapunov.layers.outer_state import OuterState
 from lightning_lyapunov.layers.registry import registered
 from lightning_lyapunov.layers.sharding import full_tensor
 from lightning_lyapunov.layers.trees import Structure, flatten, unflatten
@@ -242,7 +241,7 @@ class _Watch:
         call.results = _copied_leaves(leaves)
         if surroundings is not None:
             call.kept_before, call.kept_after = surroundings.changed(self._module, self._written)
-        drew = surroundings is not None and surroundings.random_states.have_moved()
+        drew = surroundings is not None and surroundings.outer.has_drawn()
         is_whole = not trim(self._module, call, *self._limits)
         self._num_bytes += call.num_bytes
         self.recorded.calls.append(call)
@@ -251,15 +250,14 @@ class _Watch:
 
     def _compare(self, call: RecordedCall, surroundings: "_Surroundings | None") -> str | None:
         """Repeat a call; return how its results differ, None if they do not."""
-        if self._copy is None:
-            self._copy = aliased_copy(self._module)
-        if (copied := self._copy) is None:  # its weights are spread over processes
-            return None
-        with torch.no_grad():
+        with torch.no_grad(), nullcontext() if surroundings is None else surroundings.outer.again():
+            if self._copy is None:
+                self._copy = aliased_copy(self._module)
+            if self._copy is None:  # its weights are spread over processes
+                return None
             if surroundings is None:
-                return _repeat_plain(self._module, copied, call)
-            with surroundings.random_states.again():
-                return self._repeat(copied, call)
+                return _repeat_plain(self._module, self._copy, call)
+            return self._repeat(self._copy, call)
 
     def _repeat(self, copied: nn.Module, call: RecordedCall) -> str | None:
         """Run the call again on a copy that shares the weights; return how its results differ, None if they do not."""
@@ -349,11 +347,11 @@ def _copied_nested(value: Any) -> Any:
 
 
 class _Surroundings:
-    """What a call may change beside what it returns: tensors that the module keeps, and random states."""
+    """What a call may change beside what it returns: tensors that the module keeps, and what lies outside of it."""
 
     def __init__(self, module: nn.Module) -> None:
         self._kept = kept_tensors(module)
-        self.random_states = _RandomStates(module)
+        self.outer = OuterState(module)
 
     def changed(self, module: nn.Module, written: set[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the kept tensors that this call or an earlier one has replaced or written over, before and after.
@@ -366,42 +364,3 @@ class _Surroundings:
         written |= {name for name in now if name not in self._kept or not same(now[name], self._kept[name])}
         before, after = ({name: kept[name] for name in kept if name in written} for kept in (self._kept, now))
         return before, after
-
-
-class _RandomStates:
-    """The random states of torch, Python and numpy before a call.
-
-    Args:
-        module: the generator of its device is kept, too, if its device is a GPU.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        devices = {parameter.device for parameter in module.parameters() if parameter.device.type == "cuda"}
-        self._devices = sorted(devices, key=str)
-        self._states = self._read()
-
-    def _read(self) -> tuple[Any, ...]:
-        cuda = [torch.cuda.get_rng_state(device) for device in self._devices]
-        return torch.get_rng_state(), random.getstate(), np.random.get_state(), *cuda
-
-    def _write(self, states: tuple[Any, ...]) -> None:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
-        for device, state in zip(self._devices, states[3:], strict=True):
-            torch.cuda.set_rng_state(state, device)
-
-    def have_moved(self) -> bool:
-        """Return whether random numbers of torch were drawn since."""
-        now = self._read()
-        return any(not torch.equal(now[i], self._states[i]) for i in (0, *range(3, len(now))))
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Draw the numbers from here on again, and leave the states as they are now."""
-        now = self._read()
-        try:
-            self._write(self._states)
-            yield
-        finally:
-            self._write(now)

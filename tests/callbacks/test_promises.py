@@ -8,9 +8,12 @@ hook and no attribute, and keeps no tensor of a batch alive. A new setting is on
 import contextlib
 import copy
 import pickle
+import random
 import resource
 import signal
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -572,6 +575,61 @@ def checkpoints(folder, monitor):
 
 
 WITH_FILES = {"enable_checkpointing": True}
+
+
+class DrawsAlways(TanhCell):
+    """Draws random numbers in every call, in evaluation mode, too."""
+
+    torchs, numpys, pythons = torch.Generator(), np.random.default_rng(0), random.Random(0)
+    drawn: ClassVar[dict[str, int]] = {"calls": 0}
+    total = 0
+
+    def __init__(self, draw):
+        super().__init__()
+        self.draw, self.own = draw, torch.Generator()
+
+    def forward(self, inputs, state):
+        type(self).total += 1
+        self.drawn["calls"] += 1
+        return super().forward(inputs, state) + 0.1 * self.draw(self, state)
+
+
+DRAWS = {
+    "torch": lambda cell, state: torch.randn_like(state),
+    "dropout": lambda cell, state: nn.functional.dropout(state),
+    "bernoulli": lambda cell, state: torch.bernoulli(torch.full_like(state, 0.5)),
+    "python": lambda cell, state: state * random.random(),
+    "numpy": lambda cell, state: state * np.random.rand(),
+    "a generator of its own": lambda cell, state: torch.rand(state.shape, generator=cell.own),
+    "a generator of its class": lambda cell, state: torch.rand(state.shape, generator=cell.torchs),
+    "numpy's generator of its class": lambda cell, state: state * cell.numpys.random(),
+    "python's generator of its class": lambda cell, state: state * cell.pythons.random(),
+    "a counter of its class": lambda cell, state: state / cell.total,
+    "a table of its class": lambda cell, state: state / cell.drawn["calls"],
+}
+
+
+def draws_always(draw):
+    """Return a model whose cell draws, with the class in the same state for each run."""
+    DrawsAlways.torchs.manual_seed(1)
+    DrawsAlways.numpys, DrawsAlways.pythons, DrawsAlways.total = np.random.default_rng(0), random.Random(0), 0
+    DrawsAlways.drawn["calls"] = 0
+    return CellModel(DrawsAlways(draw))
+
+
+class DropConnect(nn.Module):
+    """A weight of which random numbers are dropped, in evaluation mode, too."""
+
+    def forward(self, weight):
+        return nn.functional.dropout(weight, 0.3)
+
+
+def drop_connected():
+    model = Regressor("GRU")
+    nn.utils.parametrize.register_parametrization(model.rnn, "weight_hh_l0", DropConnect())
+    return model
+
+
 CELL = {"modules": "rnn"}
 
 FAULTS = {
@@ -602,6 +660,11 @@ FAULTS = {
 }
 
 SETTINGS = {
+    **{
+        f"draws: {name}": Setting(lambda draw=draw: draws_always(draw), monitor=CELL, says=COULD_NOT, measures=False)
+        for name, draw in DRAWS.items()
+    },
+    "drops connections": Setting(drop_connected, measures=None),
     "traced": Setting(Traces, says=None, measures=None),
     "traced symbolically": Setting(Symbolic, monitor=CELL, measures=None),
     "exported": Setting(Exports, monitor=CELL, measures=None),
