@@ -57,7 +57,7 @@ def assert_spectrum(actual, expected, dtype):
     assert actual.shape == expected.shape
     assert (actual.diff() <= 0).all()
     assert (actual >= EXPONENT_FLOOR).all()
-    # The textbook loses, in a direction that a step shrinks by e^-20 beside another, as many digits.
+    # The reference loses, in a direction that a step shrinks by e^-20 beside another, as many digits.
     expected = expected.clamp(min=EXPONENT_FLOOR)
     tolerance = 1e-5 if dtype == torch.float64 else 2e-3
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
@@ -139,7 +139,7 @@ def module_dtype(module):
 
 
 @given(calls())
-def test_every_layout_of_a_layer_has_the_spectrum_of_the_textbook(call):
+def test_every_layout_of_a_layer_has_the_spectrum_of_the_reference(call):
     module, arguments, options, sequences = call
     spectra = lyapunov_spectrum(module, *arguments, **options)
     assert len(spectra) == len(sequences)
@@ -186,7 +186,7 @@ def state_size(layer):
 
 
 @given(cell_calls())
-def test_every_cell_and_callable_has_the_spectrum_of_the_textbook(call):
+def test_every_cell_and_callable_has_the_spectrum_of_the_reference(call):
     layer, (dynamics, inputs, state), options = call
     spectra = lyapunov_spectrum(dynamics, inputs, state, **options)
     flat = torch.cat(state, -1) if isinstance(state, tuple) else state
@@ -401,7 +401,7 @@ def trainings(draw):
 
 
 @given(trainings())
-def test_every_training_logs_the_spectrum_of_the_textbook(training):
+def test_every_training_logs_the_spectrum_of_the_reference(training):
     model, data, options, precision = training
     data, monitor = series(1, **data), LyapunovMonitor(strict=True, **options)
     values = published(fit(model, monitor, data=data, max_steps=1, precision=precision))

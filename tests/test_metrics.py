@@ -299,7 +299,7 @@ def test_longer_sequences_weigh_more():
 
 
 @pytest.mark.parametrize("steps", [1.0, 50])
-def test_standard_error_of_equal_lengths_is_the_textbook_one(steps):
+def test_standard_error_of_equal_lengths_is_the_usual_one(steps):
     metric = LyapunovStandardError(COUNT)
     metric.update(torch.tensor(SPECTRA), steps=steps)
     order = np.argsort(-SPECTRA.mean(0))

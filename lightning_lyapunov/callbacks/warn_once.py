@@ -1,5 +1,6 @@
 """Warnings that are given once, whatever numbers they hold."""
 
+import sys
 import warnings
 
 __all__ = ["WarnOnce"]
@@ -15,4 +16,12 @@ class WarnOnce:
         """Give a warning unless one of this key was given before."""
         if key not in self._given:
             self._given.add(key)
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message, stacklevel=_level_outside())
+
+
+def _level_outside() -> int:
+    """Return how many calls above its caller the package was called."""
+    level = 1
+    while sys._getframe(level).f_globals.get("__name__", "").startswith("lightning_lyapunov."):
+        level += 1
+    return level

@@ -1,7 +1,6 @@
 """Recurrent layers of the user: any module, or plain callable, that maps a state to the next."""
 
 from collections.abc import Callable, Iterable, Iterator
-from inspect import signature
 from itertools import accumulate
 from typing import Any
 
@@ -78,7 +77,7 @@ class CustomLayer(RecurrentLayer):
         module: the module.
         step: one step of it; by default the module is called as ``(input, state)``.
         read_call: from the arguments of the module's ``forward``, the inputs ``(time, batch, ...)`` of that call, the
-            state before them and, if it can be known, the one after them; by default a call is one step.
+            state before them and, if it can be known, the one after them; None for a module that is not registered.
     """
 
     cell_names = ("",)
@@ -130,24 +129,12 @@ class CustomLayer(RecurrentLayer):
             )
         return Sequences(inputs, states.unsqueeze(0), torch.full((inputs.shape[1],), inputs.shape[0], device="cpu"))
 
-    def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call | None:
-        args, kwargs, output = pytree.tree_map(full_tensor, (args, kwargs, output))
-        if self._read_call is not None:
-            inputs, state, *after = self._read_call(self.module, *args, **kwargs)
-            sequences = self._sequences(inputs, state)
-            return Call(sequences, self._layout_of(after[0]).flatten(after[0]).unsqueeze(0) if after else None)
-        given = list(signature(self.module.forward).bind(*args, **kwargs).arguments.values())
-        if not 1 <= len(given) <= 2 or not isinstance(given[0], Tensor):
-            raise TypeError(
-                f"{type(self.module).__name__} is not called as (input, state). Register it: "
-                "`register_layer(cls, step=..., read_call=...)`."
-            )
-        if len(given) == 1 or given[1] is None:
-            # The cell makes its own first state: the sequence starts with the next call.
-            return None
-        inputs, state = given
-        sequences, layout = self._sequences(inputs.unsqueeze(0), state), _StateLayout(state)
-        return Call(sequences, layout.flatten(layout.find(output)).unsqueeze(0))
+    def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
+        args, kwargs = pytree.tree_map(full_tensor, (args, kwargs))
+        assert self._read_call is not None  # a module that is not registered is read by watching its calls
+        inputs, state, *after = self._read_call(self.module, *args, **kwargs)
+        sequences = self._sequences(inputs, state)
+        return Call(sequences, self._layout_of(after[0]).flatten(after[0]).unsqueeze(0) if after else None)
 
     def _layout_of(self, state: Any) -> "_StateLayout":
         layout = _StateLayout(state)

@@ -275,23 +275,21 @@ def warned(record):
 
 
 # Seconds of a measurement and of a batch, batches; one warning or none. Half a minute, twice after the first, a tenth.
-DEAR = {
+SLOW = {
     "a huge layer": (16.0, 1.0, 3, 1),
-    "a dear layer, for long": (2.0, 1.0, 20, 1),
+    "a slow layer, for long": (2.0, 1.0, 20, 1),
     "just a tenth of the time": (11.0, 99.0, 4, 1),
     "less than a tenth": (11.0, 101.0, 20, 0),
     "less than half a minute": (1.4, 0.1, 21, 0),
     "two measurements": (1000.0, 1.0, 2, 0),
-    "a first one that is dear": (0.125, 1.0, 20, 0),
+    "a first one that is slow": (0.125, 1.0, 20, 0),
     "nothing": (0.0, 1.0, 20, 0),
 }
 
 
 @pytest.mark.parametrize("limit", [None, 0.9])
-@pytest.mark.parametrize(("seconds", "batch", "batches", "count"), DEAR.values(), ids=DEAR)
-def test_a_measurement_that_is_dear_is_said_once_where_it_matters(
-    seconds, batch, batches, count, limit, clock, cost, recwarn
-):
+@pytest.mark.parametrize(("seconds", "batch", "batches", "count"), SLOW.values(), ids=SLOW)
+def test_a_slow_measurement_is_said_once_where_it_matters(seconds, batch, batches, count, limit, clock, cost, recwarn):
     first = [100.0] if seconds == 0.125 else []
     cost["GRU"] = itertools.chain(first, itertools.repeat(seconds))
     monitor = cost.monitor(every_n_train_steps=1, max_overhead=limit, log_spectrum=False)
@@ -299,7 +297,7 @@ def test_a_measurement_that_is_dear_is_said_once_where_it_matters(
     assert len(warned(recwarn)) == (count if limit is None else 0)
 
 
-def test_the_warning_names_the_share_the_dearest_layer_and_what_lowers_it(clock, cost, recwarn):
+def test_the_warning_names_the_share_the_slowest_layer_and_what_lowers_it(clock, cost, recwarn):
     cost.update(LSTM=7.0, GRU=9.0)
     monitor = cost.monitor(every_n_train_steps=1, log_spectrum=False)
     model = TwoLayers()

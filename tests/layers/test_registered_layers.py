@@ -40,14 +40,14 @@ def register():
 
 
 @pytest.mark.parametrize("module_class", [WholeSequences, Heir])
-def test_a_taught_class_and_its_heirs_are_measured(module_class):
+def test_a_registered_class_and_its_heirs_are_measured(module_class):
     register()
     module, sequence = module_class(), torch.randn(BATCH, TIME, FEATURES)
     expected = precise(module.cell, sequence.transpose(0, 1), torch.zeros(BATCH, HIDDEN))
     assert_close(precise(module, sequence), expected, rtol=0, atol=1e-12)
 
 
-def test_an_heir_may_be_taught_by_itself():
+def test_an_heir_may_be_registered_by_itself():
     register()
     register_layer(
         Heir,
@@ -60,7 +60,7 @@ def test_an_heir_may_be_taught_by_itself():
     assert not torch.allclose(precise(WholeSequences(), sequence), half)
 
 
-def test_what_is_taught_goes_before_what_is_known():
+def test_what_is_registered_goes_before_what_is_known():
     class Halving(nn.GRU):
         pass
 
@@ -83,7 +83,7 @@ class RegisteredModel(Regressor):
 
 
 @pytest.mark.parametrize("module_class", [WholeSequences, Heir])
-def test_taught_layers_are_found_without_being_named(module_class):
+def test_registered_layers_are_found_without_being_named(module_class):
     register()
     model, monitor = RegisteredModel(module_class), LyapunovMonitor(num_exponents=1, warmup=0, strict=True)
     fit(model, monitor, data=series(1), max_steps=1)
@@ -95,14 +95,14 @@ def test_taught_layers_are_found_without_being_named(module_class):
     assert_close(monitor.history["rnn"]["spectrum"][0], expected.mean(0), rtol=1e-4, atol=1e-5)
 
 
-def test_a_layer_that_was_not_taught_is_refused_with_the_line_to_write():
+def test_a_layer_that_was_not_registered_is_refused_with_the_line_to_write():
     with pytest.raises(TypeError, match=r"WholeSequences is no recurrent layer.*`register_layer`"):
         lyapunov_spectrum(WholeSequences(), torch.randn(BATCH, TIME, FEATURES))
     with pytest.raises(ValueError, match=r"has no recurrent layer of torch.nn.*`register_layer`"):
         fit(RegisteredModel(), LyapunovMonitor())
 
 
-def test_a_layer_that_was_not_taught_is_measured_when_it_is_named():
+def test_a_layer_that_was_not_registered_is_measured_when_it_is_named():
     model, monitor = RegisteredModel(), LyapunovMonitor("rnn", num_exponents=1, strict=True)
     fit(model, monitor, data=series(1, time=60), max_steps=1)
     inputs, _ = next(iter(series(1, time=60)))

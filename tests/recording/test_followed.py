@@ -1334,3 +1334,9 @@ def test_a_layer_that_is_not_called_is_said(recwarn):
     message = refusal(net, recwarn)
     assert "was not called in a training step" in message
     assert "`forward`" not in message
+
+
+def test_a_warning_points_out_of_the_package(recwarn):
+    refusal(Net(lambda net, inputs: inputs, cell=nn.GRU(FEATURES, HIDDEN, batch_first=True)), recwarn)
+    (warning,) = [warning for warning in recwarn if "`cell`" in str(warning.message)]
+    assert "lightning_lyapunov" not in warning.filename
