@@ -1,4 +1,4 @@
-"""``pytorch_lightning``, and the models of pytorch-forecasting."""
+"""``pytorch_lightning``, and the models of pytorch-forecasting, snntorch and gluonts."""
 
 import copy
 import csv
@@ -10,7 +10,7 @@ import pytest
 import pytorch_lightning
 import torch
 from helpers import keys_of, make_trainer, published, regressor, series, steps_of
-from reference import growth_rates
+from reference import growth_rates, jacobians
 from torch.testing import assert_close
 
 from lightning_lyapunov import LyapunovMonitor, lyapunov_spectrum
@@ -187,7 +187,8 @@ class Calls(lightning.pytorch.Callback):
         self.name, self.calls = name, []
 
     def on_fit_start(self, trainer, pl_module):
-        pl_module.get_submodule(self.name).register_forward_hook(self.keep, with_kwargs=True)
+        self.layer = pl_module.get_submodule(self.name)
+        self.layer.register_forward_hook(self.keep, with_kwargs=True)
 
     def on_train_batch_start(self, *_):
         self.calls = []
@@ -351,3 +352,29 @@ def test_a_spiking_cell_has_the_spectrum_of_a_loop(snntorch, name, keeps):
 
     expected = mean_spectrum(step, inputs, parts, int(keeps))
     assert_close(monitor.history["cell"]["spectrum"][-1].double(), expected, rtol=0, atol=1e-3)
+
+
+# gluonts
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_network_of_gluonts_has_the_spectrum_of_a_loop(tmp_path):
+    gluonts = pytest.importorskip("gluonts.torch")
+    from gluonts.dataset.common import ListDataset
+
+    calls, monitor = Calls("model.rnn"), LyapunovMonitor(num_exponents=SPIKING_COUNT, strict=True)
+    trainer = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    trainer |= {"callbacks": [calls, monitor], "default_root_dir": tmp_path, "enable_model_summary": False}
+    options = {"num_layers": 1, "hidden_size": 6, "batch_size": 8, "num_batches_per_epoch": 3}
+    series = [{"start": "2020-01-01", "target": torch.sin(0.3 * torch.arange(120) + i).numpy()} for i in range(6)]
+    estimator = gluonts.DeepAREstimator(
+        freq="D", prediction_length=5, context_length=30, trainer_kwargs=trainer, **options
+    )
+    estimator.train(ListDataset(series, freq="D"))
+    ((inputs,), _) = calls.calls[0]
+    lstm = torch.nn.LSTM(inputs.shape[-1], 6).double()
+    lstm.load_state_dict(calls.layer.state_dict())
+    matrices = [jacobians(lstm, member.double(), torch.zeros(12).double()) for member in inputs.cpu()]
+    rates = [growth_rates(one, SPIKING_COUNT)[len(one) // 2 :].mean(0) for one in matrices]
+    expected = torch.stack(rates).mean(0).sort(descending=True).values
+    assert_close(monitor.history["model.rnn"]["spectrum"][-1].double(), expected, rtol=0, atol=1e-3)
