@@ -59,7 +59,7 @@ def log_spectra(
     """
     show = _picture_call(logger)
     layers = history if drawn is None else drawn
-    if show and pictures:
+    if show:
         check_room(logger, len(layers))
     if numbers and worst is not None and hasattr(getattr(logger, "experiment", None), "add_text"):
         logger.experiment.add_text(f"{_prefix_of(logger)}lyapunov/worst_layer", f"`{worst}`", step)
