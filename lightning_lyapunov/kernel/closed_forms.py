@@ -18,6 +18,9 @@ from lightning_lyapunov.kernel.recurrence import MAX_JACOBIAN_ELEMENTS, Recurren
 
 __all__ = ["GRURecurrence", "LSTMRecurrence", "RNNRecurrence"]
 
+# Elements of the Jacobians of a step, for each tangent vector, from which on they are not formed for a few vectors.
+_LARGE_JACOBIANS = 2**17
+
 
 class _ClosedForm(Recurrence):
     """A cell of PyTorch, written out: one step, and what its Jacobian is made of."""
@@ -37,6 +40,7 @@ class _ClosedForm(Recurrence):
         self.weight_ih, self.weight_hh = weight_ih, weight_hh
         self.bias_ih, self.bias_hh = bias_ih, bias_hh
         self.state_size = weight_hh.shape[1]
+        self._casts: dict[torch.dtype, Tensor] = {}
 
     @abstractmethod
     def _advance(self, state: Tensor, drive: Tensor) -> Tensor:
@@ -47,6 +51,15 @@ class _ClosedForm(Recurrence):
 
     def _recur(self, states: Tensor) -> Tensor:
         return F.linear(states, self.weight_hh, self.bias_hh)
+
+    def _applied(self, vectors: Tensor) -> Tensor:
+        """Return the product of the recurrent weight with each of the vectors, ``(batch, num_exponents, hidden)``.
+
+        As one matrix: torch may copy the weight for each sequence of vectors that do not lie side by side.
+        """
+        if (dtype := vectors.dtype) not in self._casts:
+            self._casts[dtype] = self.weight_hh.to(dtype)
+        return F.linear(vectors.reshape(-1, vectors.shape[-1]), self._casts[dtype]).unflatten(0, vectors.shape[:-1])
 
     def step(self, state: Tensor, inputs: Tensor) -> Tensor:
         return self._advance(state, self._drive(inputs))
@@ -93,9 +106,9 @@ class RNNRecurrence(_ClosedForm):
 
     def push_forward(self, linearised: Sequence[Tensor], frame: Tensor) -> Tensor:
         # All sequences share the weight: one large product is faster than one for each.
-        vectors, weight = frame.mT, self.weight_hh.to(frame.dtype)
+        vectors = frame.mT
         for slope in linearised[0].to(frame.dtype).unsqueeze(-2):
-            vectors = F.linear(vectors, weight).mul_(slope)
+            vectors = self._applied(vectors).mul_(slope)
         return vectors.mT
 
     def push_with_graph(self, linearised: Sequence[Tensor], frame: Tensor) -> Tensor:
@@ -106,10 +119,12 @@ class RNNRecurrence(_ClosedForm):
 class _GatedRecurrence(_ClosedForm):
     """A cell with gates: the dense part of its Jacobian is a sum of blocks of the weight with their rows scaled.
 
-    Forming that sum is cheaper than applying each block to the frame, as long as it is made where the last one was.
+    Forming that sum is cheaper than applying each block to the frame, as long as it is made where the last one was. It
+    is not for a few vectors and Jacobians that are too large for the cache: to form them takes as long as to use them.
     """
 
     dense_rows: int
+    few_vectors: int
     _workspace: Tensor | None = None
 
     @abstractmethod
@@ -123,10 +138,23 @@ class _GatedRecurrence(_ClosedForm):
         Each next one of ``buffers``, ``(batch, num_exponents, dense_rows)``, can take the product of a step.
         """
 
+    @abstractmethod
+    def _push(self, vectors: Tensor, *factors: Tensor) -> Tensor:
+        """Return the tangent vectors in the rows of ``vectors`` after one step, without its Jacobian."""
+
     def push_forward(self, linearised: Sequence[Tensor], frame: Tensor) -> Tensor:
         factors = [factor.to(frame.dtype) for factor in linearised]
+        shape = frame.shape[0], self.dense_rows, self.weight_hh.shape[1]
+        count = frame.shape[-1]
+        if count <= self.few_vectors and math.prod(shape) >= _LARGE_JACOBIANS * count:
+            vectors = frame.mT
+            for step_factors in zip(*(factor.unsqueeze(-2) for factor in factors), strict=True):
+                vectors = self._push(vectors, *step_factors)
+            return vectors.mT
+        return self._push_formed(factors, frame, shape)
+
+    def _push_formed(self, factors: list[Tensor], frame: Tensor, shape: tuple[int, int, int]) -> Tensor:
         weight = self.weight_hh.to(frame.dtype)
-        shape = frame.shape[0], self.dense_rows, weight.shape[1]
         steps = min(len(factors[0]), max(1, MAX_JACOBIAN_ELEMENTS // math.prod(shape)))
         workspace = self._memory(steps, *shape, like=frame)
         # As rows, so that each vector lies side by side in memory.
@@ -161,6 +189,7 @@ class GRURecurrence(_GatedRecurrence):
     """
 
     fused = staticmethod(torch.gru)
+    few_vectors = 16
 
     def __init__(self, *weights: Tensor | None) -> None:
         super().__init__(*weights)
@@ -191,6 +220,13 @@ class GRURecurrence(_GatedRecurrence):
         r, z, n = F.linear(vectors, self.weight_hh).chunk(3, -1)
         return (through_r * r + through_z * z + through_n * n + keep * vectors).mT
 
+    def _push(self, vectors: Tensor, *factors: Tensor) -> Tensor:
+        *through, keep = factors
+        pushed = vectors * keep
+        for factor, part in zip(through, self._applied(vectors).chunk(3, -1), strict=True):
+            pushed.addcmul_(factor, part)
+        return pushed
+
     def _form(self, dense: Tensor, weight: Tensor, *factors: Tensor) -> None:
         *through, keep = factors
         _scale_rows(dense, weight, *through)
@@ -210,6 +246,8 @@ class LSTMRecurrence(_GatedRecurrence):
     ``A = diag(g i') W_hi + diag(c f') W_hf + diag(i g') W_hg`` and a prime on a gate is its slope. Only the columns
     of ``h`` are dense, so a product costs half of what the full Jacobian would.
     """
+
+    few_vectors = 32
 
     def __init__(self, *weights: Tensor | None, weight_hr: Tensor | None = None) -> None:
         super().__init__(*weights)
@@ -240,6 +278,18 @@ class LSTMRecurrence(_GatedRecurrence):
         through_cell = g.tanh() * _sigmoid_slope(i), cell * _sigmoid_slope(f), i.sigmoid() * _tanh_slope(g)
         through_output = next_cell.tanh() * _sigmoid_slope(o)
         return *through_cell, through_output, f.sigmoid(), o.sigmoid() * _tanh_slope(next_cell)
+
+    def _push(self, vectors: Tensor, *factors: Tensor) -> Tensor:
+        *through_cell, through_output, forget, expose = factors
+        hidden, cell = self._parts(vectors)
+        *to_cell, to_output = self._applied(hidden).chunk(4, -1)
+        pushed = vectors.new_empty(*vectors.shape[:-1], self.dense_rows)
+        u, next_cell = pushed.chunk(2, -1)
+        torch.mul(forget, cell, out=next_cell)
+        for factor, part in zip(through_cell, to_cell, strict=True):
+            next_cell.addcmul_(factor, part)
+        torch.mul(expose, next_cell, out=u).addcmul_(through_output, to_output)
+        return pushed if self.weight_hr is None else torch.cat((self._project(u), next_cell), -1)
 
     def _form(self, dense: Tensor, weight: Tensor, *factors: Tensor) -> None:
         *through_cell, through_output, _, _ = factors

@@ -8,6 +8,7 @@ from mpmath import mp
 from reference import CELLS
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lyapunov import jacobians, lyapunov_spectrum
 from lightning_lyapunov.kernel import autodiff as autodiff_module
@@ -55,7 +56,9 @@ def test_jacobians_are_those_of_torchs_forward(cell):
 
 @cells
 @pytest.mark.parametrize("limit", [1, 100, 10**9])
-def test_pushing_through_several_steps_is_the_product_in_the_order_of_time(cell, limit, monkeypatch):
+@pytest.mark.parametrize("large", [0, 10**9], ids=["not-formed", "formed"])
+def test_pushing_through_several_steps_is_the_product_in_the_order_of_time(cell, limit, large, monkeypatch):
+    monkeypatch.setattr(closed_forms, "_LARGE_JACOBIANS", large)
     monkeypatch.setattr(closed_forms, "MAX_JACOBIAN_ELEMENTS", limit)  # steps per block: one, a few, all
     module, inputs = reference.make(cell), randn(7, 1, 3)
     (driven,) = driven_cells(module, inputs)
@@ -67,6 +70,50 @@ def test_pushing_through_several_steps_is_the_product_in_the_order_of_time(cell,
     for matrix in reference.jacobians(module, inputs[:, 0], driven.state[0]):
         expected = matrix @ expected
     assert_near(pushed[0], expected)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the multiplications of matrix products, and the elements of the largest tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.largest = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        shapes = [leaf.shape for leaf in args if isinstance(leaf, torch.Tensor) and leaf.ndim > 1]
+        if isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.numel())
+            if any(name in str(function) for name in ("mm", "bmm", "linear")):
+                self.products += result.numel() * shapes[-2][-1]
+        return result
+
+
+# Of a stretch of 8 steps: the frame's own products, 16 vectors of 16 sequences with the recurrent weight.
+@pytest.mark.parametrize(("module", "blocks"), [(nn.RNN, 1), (nn.GRU, 3), (nn.LSTM, 4)], ids=["rnn", "gru", "lstm"])
+def test_a_large_layer_is_pushed_with_the_products_alone(module, blocks):
+    hidden, batch, vectors, steps = 512, 16, 16, 8
+    (driven,) = driven_cells(module(4, hidden), torch.randn(steps, batch, 4))
+    recurrence = driven.recurrence
+    with torch.no_grad():
+        linearised = recurrence.linearise(driven.state.expand(steps, -1, -1), driven.inputs)
+        frame = torch.randn(batch, recurrence.state_size, vectors)
+        recurrence.push_forward(linearised, frame)
+        with Operations() as counted:
+            recurrence.push_forward(linearised, frame)
+    assert counted.products == steps * batch * vectors * blocks * hidden**2
+    # Nothing larger than the weight, where the Jacobians of all sequences would be.
+    assert counted.largest <= blocks * hidden**2 < batch * hidden**2
+
+
+@pytest.mark.parametrize(("vectors", "formed"), [(16, False), (64, True)])
+def test_jacobians_are_formed_for_many_vectors_only(vectors, formed, monkeypatch):
+    (driven,) = driven_cells(nn.LSTM(4, 512), torch.randn(1, 8, 4))
+    called, push = [], type(driven.recurrence)._push_formed
+    monkeypatch.setattr(type(driven.recurrence), "_push_formed", lambda *args: called.append(1) or push(*args))
+    with torch.no_grad():
+        push_forward(driven.recurrence, driven.state[None], driven.inputs, torch.randn(8, 1024, vectors))
+    assert bool(called) == formed
 
 
 @pytest.mark.parametrize("limit", [1, 100, 10**9])
