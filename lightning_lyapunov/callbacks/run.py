@@ -117,7 +117,8 @@ class Run:
         try:
             yield
         finally:
-            self.stop()
+            if self.next_step is not None:  # or nothing was recorded, and looking for hooks takes time in a large model
+                self.stop()
 
     def record(self, strategy: Any, step: str) -> None:
         """Record the layers during the next step of a strategy, of a name such as ``"training_step"``."""

@@ -131,6 +131,14 @@ def test_the_ranks_meet_rarely(known):
     assert len(meetings) < 30
 
 
+def test_ranks_are_asked_seldom_for_a_measurement_that_is_put_off():
+    # The clock says a wait as long as the run so far, eight times.
+    waits = [2**power for power in range(8)]
+    meetings = rank_of([1000], [], every_n_train_steps=1, max_overhead=0.1, waits=waits, max_steps=300)
+    assert [step for step, is_measured in meetings if is_measured][:2] == [1, 257]
+    assert len([step for step, _ in meetings if step < 257]) == 9
+
+
 def test_a_rank_that_has_left_ends_the_meetings():
     def fail(plan):
         raise RuntimeError("connection closed")

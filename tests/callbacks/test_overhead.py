@@ -211,21 +211,6 @@ def test_batches_that_become_slower_or_faster_put_a_measurement_off_no_longer_th
     assert first_fit <= monitor.history["rnn"]["step"][1] <= 2 * first_fit
 
 
-@pytest.mark.slow
-def test_ranks_are_asked_seldom(clock, cost, monkeypatch):
-    """For a measurement that is put off for long, and for none of the batches where none is due."""
-    cost["GRU"], asked = 64.0, []
-    strategy = make_trainer().strategy.__class__
-    broadcast = strategy.broadcast
-    monkeypatch.setattr(
-        strategy, "broadcast", lambda self, what, src=0: asked.append(what) or broadcast(self, what, src)
-    )
-    monitor = cost.monitor(every_n_train_steps=2, max_overhead=0.25)
-    assert run(clock, monitor, batches=400) == [0, 384]
-    ours_of = [what for what in asked if isinstance(what, int)]
-    assert 1 <= len(ours_of) <= 2 * math.log2(400)
-
-
 def test_without_a_share_nobody_is_asked(clock, cost, monkeypatch):
     asked = []
     monkeypatch.setattr(Overhead, "batches_to_wait", lambda *_: asked.append(1))

@@ -8,6 +8,7 @@ from helpers import SCHEDULES, At, Regressor, Stream, TwoOptimizers, fit, series
 
 from lightning_lyapunov import LyapunovMonitor
 from lightning_lyapunov.callbacks.schedule import Progress, Schedule
+from lightning_lyapunov.recording.recorder import Recorder
 
 # Without a fit
 
@@ -233,3 +234,13 @@ def test_each_batch_that_passes_a_due_step_is_measured(every, batches):
     # Two optimizers: batch b ends at the global step 2 b + 2.
     schedule = {"every_n_train_steps": every}
     assert batches_measured(TwoOptimizers(), schedule, data=series(6), max_epochs=1) == batches
+
+
+def test_a_batch_that_is_not_recorded_is_not_searched_for_hooks(monkeypatch):
+    stops, stop = [], Recorder.stop
+    monkeypatch.setattr(Recorder, "stop", lambda recorder: stops.append(stop(recorder)))
+    counts = []
+    count = At("on_train_batch_end", lambda _: counts.append(len(stops)))
+    fit(Regressor(), LyapunovMonitor(), count, data=series(8), max_epochs=1)
+    assert counts[0] > 0
+    assert counts[0] == counts[6] < counts[7]
