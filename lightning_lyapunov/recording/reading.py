@@ -26,6 +26,8 @@ __all__ = ["Followed", "check_closed_form", "follow"]
 # Leaves of arguments that hold nothing else.
 _NUMBERS = (Tensor, bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 
+_CHECKED_STEPS = 25
+
 
 class Followed(NamedTuple):
     """A map, and the sequences to follow it along.
@@ -294,9 +296,19 @@ def _cast_call(call: RecordedCall, dtype: torch.dtype) -> tuple[tuple[Any, ...],
 
 
 def _of_few(module: nn.Module, call: RecordedCall) -> RecordedCall:
-    """Return a call with a few members of its batch, where these can be told; torch's own forward needs the fewest."""
-    few = few_members(module, call.arguments, call.results, 16 if has_own_forward(module) else 2)
-    return call if few is None else replace(call, arguments=few[0], results=few[1])
+    """Return a call with a few members of its batch, where these can be told.
+
+    Torch's own forward does the same at every step and with every member: two members and some steps show it.
+    """
+    is_own = has_own_forward(module)
+    few = few_members(module, call.arguments, call.results, 16 if is_own else 2)
+    if few is None:
+        return call
+    (inputs, *others), results = few
+    if isinstance(module, nn.RNNBase) and not is_own:
+        time_axis = 1 if module.batch_first else 0
+        inputs = inputs.narrow(time_axis, 0, min(_CHECKED_STEPS, inputs.shape[time_axis]))
+    return replace(call, arguments=[inputs, *others], results=results)
 
 
 def _check_weights(module: nn.Module, before: dict[str, Any], frozen: nn.Module) -> None:
