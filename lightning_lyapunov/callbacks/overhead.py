@@ -11,6 +11,12 @@ __all__ = ["Overhead"]
 
 # Warn only above 30 s, two measurements and 10 % of the run: below, nobody would change anything.
 _WARN_SECONDS, _WARN_MEASUREMENTS, _WARN_SHARE = 30.0, 2, 0.1
+# Say what the next measurement costs if the first one took more than this part of an epoch.
+_SAY_SHARE = 0.01
+_REMEDY = (
+    "Lower `num_exponents`, `max_steps` or `num_sequences`, measure less often with `every_n_train_steps` or "
+    "`every_n_epochs`, or keep to a share with `LyapunovMonitor(max_overhead=0.01)`."
+)
 
 
 class Overhead:
@@ -30,12 +36,19 @@ class Overhead:
         self.num_batches, self._start = 0, math.nan
         self._measurements, self._spent, self._first, self._last = 0, 0.0, 0.0, 0.0
         self._layers: dict[str, float] = {}
+        # When the batch after the first measurement started, and how long it took without measurements.
+        self._second_batch, self._batch_seconds = math.nan, math.nan
 
     def start_batch(self) -> None:
         """Count a batch; the time runs from the first one on."""
         if self.num_batches == 0:
             self._start = perf_counter()
         self.num_batches += 1
+        if self._measurements and math.isnan(self._batch_seconds):
+            if math.isnan(self._second_batch):
+                self._second_batch = self._now()
+            else:
+                self._batch_seconds = self._now() - self._second_batch - (self._spent - self._first)
 
     @contextmanager
     def measurement(self) -> Iterator[None]:
@@ -73,6 +86,22 @@ class Overhead:
         seconds = max(elapsed - self._spent, 1e-9) / done
         return math.ceil(min(missing / seconds, done))  # a tiny share needs infinitely many
 
+    def forecast(self, num_batches: float) -> str | None:
+        """Return what the next measurement will cost, if that is more than a hundredth of an epoch, else None.
+
+        It is known when the batch after the first measurement has ended; the very first batch may compile something.
+
+        Args:
+            num_batches: the batches of an epoch; infinite if that is not known.
+        """
+        share = self._first / max(num_batches * self._batch_seconds, 1e-9)
+        if math.isnan(self._batch_seconds) or share <= _SAY_SHARE:
+            return None
+        return (
+            f"The first measurement of Lyapunov spectra took {self._first:.2g} s, and the next will take about as "
+            f"long: {100 * share:.3g} % of an epoch of {num_batches} batches. {_REMEDY}"
+        )
+
     def warning_message(self) -> str | None:
         """Return the warning to give if measuring takes a large share of the run, else None.
 
@@ -85,7 +114,5 @@ class Overhead:
         slowest_layer = max(self._layers, key=self._layers.__getitem__)
         return (
             f"Measuring Lyapunov spectra took {spent / elapsed:.0%} of the time since the first batch: {count} "
-            f"measurements after the first one, {spent / count:.1f} s each, most of it for `{slowest_layer}`. Lower "
-            "`num_exponents`, `max_steps` or `num_sequences`, measure less often with `every_n_train_steps` or "
-            "`every_n_epochs`, or keep to a share with `LyapunovMonitor(max_overhead=0.01)`."
+            f"measurements after the first one, {spent / count:.1f} s each, most of it for `{slowest_layer}`. {_REMEDY}"
         )

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
 from lightning_lyapunov.callbacks.guard import guarded
 from lightning_lyapunov.callbacks.measurement import Measurement, Options
 from lightning_lyapunov.callbacks.next_step import NextStep
@@ -54,6 +56,7 @@ class Run:
         resumed_from: the optimizer step of the last measurement of the run that this one resumes; None if of none.
         num_postponed: how many measurements were due since the last one, and did not fit in the budget.
         is_extra: whether a measurement is made only because the run was resumed at its batch.
+        said_cost: whether the cost of a measurement was said.
     """
 
     trainer: weakref.ReferenceType[Any]
@@ -70,6 +73,7 @@ class Run:
     resumed_from: int | None = None
     num_postponed: int = 0
     is_extra: bool = False
+    said_cost: bool = False
     _step: int = 0
 
     @classmethod
@@ -134,6 +138,16 @@ class Run:
     def stop_recording(self) -> None:
         """Take the hooks from the layers, at the end of a step, also after an error. Guarded."""
         self.recorder.stop()
+
+    def start_batch(self, trainer: Any, progress: Progress) -> bool:
+        """Count a batch, and say once what a measurement costs; return whether to record the batch."""
+        is_due = self.schedule.record_batch(progress)
+        if not self.said_cost and not self.has_budget and trainer.is_global_zero:
+            message = self.overhead.forecast(progress.num_batches)
+            if message is not None:
+                self.said_cost = True
+                rank_zero_info(message)
+        return is_due
 
     def end_batch(self, trainer: Any, progress: Progress, step: int) -> None:
         """Measure at the end of a batch, if that is due, and let the ranks agree on what is next."""

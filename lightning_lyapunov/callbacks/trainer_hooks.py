@@ -43,7 +43,7 @@ class TrainerHooks(AnyCallback):  # type: ignore[misc]
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Let the training step be recorded, if a measurement is due after it. Guarded."""
         run = self._run_of(trainer)
-        if run and run.schedule.record_batch(_progress(trainer)):
+        if run and run.start_batch(trainer, _progress(trainer)):
             run.record(trainer.strategy, "training_step")
 
     @guarded()

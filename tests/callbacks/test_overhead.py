@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import At, Regressor, TwoLayers, fit, hooks_of, make_trainer, messages, published, series
+from helpers import At, Regressor, Stream, TwoLayers, fit, hooks_of, make_trainer, messages, published, series
+from torch.utils.data import DataLoader
 
 from lightning_lyapunov import InstabilityStopping, LyapunovMonitor
 from lightning_lyapunov.callbacks.overhead import Overhead
@@ -310,6 +311,48 @@ def test_only_the_first_process_warns(first, clock, cost, recwarn, monkeypatch):
     monkeypatch.setattr(type(make_trainer().strategy), "is_global_zero", property(lambda self: first))
     run(clock, cost.monitor(every_n_train_steps=1, log_spectrum=False), batches=5)
     assert len(warned(recwarn)) == first
+
+
+# What the next measurement will cost
+
+
+def said(caplog):
+    return [record.getMessage() for record in caplog.records if "The first measurement of" in record.getMessage()]
+
+
+# Seconds of the first measurement and of a batch, batches of an epoch, and what is said.
+FORECASTS = {
+    "more than a hundredth": (2.0, 1.0, 100, "took 2 s, and the next will take about as long: 2 % of an epoch of 100 "),
+    "more than an epoch": (30.0, 1.0, 10, "took 30 s, and the next will take about as long: 300 % of an epoch of 10"),
+    "just a hundredth": (1.0, 1.0, 100, None),
+    "less": (0.25, 1.0, 50, None),
+}
+
+
+@pytest.mark.parametrize("every", [1, None])
+@pytest.mark.parametrize(("cost_of_first", "batch", "batches", "text"), FORECASTS.values(), ids=FORECASTS)
+def test_the_cost_of_the_next_measurement_is_said_once_above_a_hundredth_of_an_epoch(
+    cost_of_first, batch, batches, text, every, clock, cost, caplog
+):
+    cost["GRU"] = cost_of_first
+    # The first batch takes longer: it counts for nothing.
+    slow_start = At("on_train_start", lambda trainer: clock.spend(500.0))
+    monitor = cost.monitor(every_n_train_steps=every, log_spectrum=False)
+    run(clock, monitor, batches=batches, epochs=2, seconds=batch, callbacks=[slow_start])
+    messages = said(caplog)
+    assert len(messages) == (text is not None)
+    assert all(text in message and "`LyapunovMonitor(max_overhead=0.01)`" in message for message in messages)
+
+
+@pytest.mark.parametrize("options", [{"max_overhead": 0.5}, {}], ids=str)
+def test_the_cost_is_not_said_where_it_is_limited_or_an_epoch_has_no_known_length(options, clock, cost, caplog):
+    cost["GRU"] = 30.0
+    data = series(10, batch_size=1, time=4)
+    if not options:
+        data = DataLoader(Stream(*data.dataset.tensors), batch_size=1)
+    passing = At("on_train_batch_start", lambda trainer: clock.spend(1.0))
+    fit(Regressor("GRU", 1), passing, cost.monitor(log_spectrum=False, **options), data=data, max_epochs=1)
+    assert not said(caplog)
 
 
 # What is timed
