@@ -2,26 +2,33 @@
 
     python tests/benchmarks/bench_monitor.py overhead [--device cuda] [--pairs 5] [--steps 500]
     python tests/benchmarks/bench_monitor.py windows [--device cuda]
+    python tests/benchmarks/bench_monitor.py large [--device cuda]
 
 `overhead` trains a character LSTM (256 units, batch 64, windows of 100) for an epoch, with and without the monitor in
 turn. `windows` measures the largest exponent of initialised and trained networks as the monitor does, in windows from a
-state of zeros and averaged over 16 sequences, and compares it with a run of 10,000 steps of the same network.
+state of zeros and averaged over 16 sequences, and compares it with a run of 10,000 steps of the same network. `large`
+compares the growth in one large layer with the products of 16 vectors and its weight alone, and a measurement of models
+with many cells, with TensorBoard, with a training step.
 """
 
 import argparse
 import statistics
+import tempfile
 import time
 import warnings
+from itertools import pairwise
 
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lyapunov import LyapunovMonitor
 from lightning_lyapunov.functional import layer_growth
 from lightning_lyapunov.layers.registry import as_layer
+from lightning_lyapunov.reporting.budget import PictureBudget
 
 CHARACTERS, WINDOW, BATCH = 96, 100, 64
 
@@ -135,18 +142,98 @@ def windows(device: str) -> None:
                 print(f"{name:14} {truth:+9.4f} {steps:6}{columns}   {1e3 * seconds:6.1f} ms", flush=True)
 
 
+def large_layers(device: str) -> None:
+    print(
+        "16 exponents, 16 sequences, 50 steps: CPU seconds of the products alone and of a measurement, and their ratio"
+    )
+    for kind, units in (
+        (nn.GRU, 512),
+        (nn.LSTM, 512),
+        (nn.LSTM, 1024),
+        (nn.RNN, 2048),
+        (nn.LSTM, 2048),
+        (nn.RNN, 4096),
+    ):
+        module = kind(32, units).to(device)
+        layer, inputs = as_layer(module), torch.randn(50, 16, 32, device=device)
+        weight, vectors = module.weight_hh_l0.detach(), torch.randn(256, units, device=device)
+        pairs = []
+        for _ in range(3):
+            times = [time.process_time()]
+            for _ in range(50):
+                F.linear(vectors, weight)
+            times.append(time.process_time())
+            options = {"num_exponents": 16, "warmup": 25, "qr_interval": "auto", "dtype": torch.float32}
+            layer_growth(layer, layer.read(inputs), **options)
+            times.append(time.process_time())
+            pairs.append((times[1] - times[0], times[2] - times[1]))
+        products, measurement = (min(column) for column in zip(*pairs, strict=True))
+        print(f"{kind.__name__}-{units:5} {products:8.2f} {measurement:8.2f} {measurement / products:6.2f}", flush=True)
+
+
+class ManyCells(L.LightningModule):
+    """A stack of layers, or layers side by side."""
+
+    def __init__(self, stacked: int, beside: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.RNN(8, 8, stacked, batch_first=True) for _ in range(beside))
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        return sum(layer(batch[0])[0].square().mean() for layer in self.layers)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+def batch_seconds(model: L.LightningModule, every: int, device: str) -> list[float]:
+    """Return the CPU seconds of each of twelve batches, with a measurement every so many of them."""
+    data = DataLoader(TensorDataset(torch.randn(12 * 16, 20, 8)), 16)
+    marks: list[float] = []
+    clock = L.pytorch.callbacks.LambdaCallback(
+        on_train_batch_start=lambda *_: marks.append(time.process_time()),
+        on_train_end=lambda *_: marks.append(time.process_time()),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = L.Trainer(
+            accelerator="gpu" if device == "cuda" else "cpu",
+            devices=1,
+            max_epochs=1,
+            logger=TensorBoardLogger(folder),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[clock, LyapunovMonitor(every_n_train_steps=every)],
+        )
+        trainer.fit(model, data)
+    return [after - before for before, after in pairwise(marks)]
+
+
+def many_cells(device: str) -> None:
+    print("with TensorBoard: CPU seconds of a training step, and of a measurement with and without pictures")
+    for stacked, beside in ((100, 1), (1, 100), (1, 1000)):
+        step = statistics.median(batch_seconds(ManyCells(stacked, beside), 10**6, device)[1:])
+        budget, drawn, plain = PictureBudget(), [], []
+        for number, seconds in enumerate(batch_seconds(ManyCells(stacked, beside), 1, device)[:-1]):
+            (drawn if budget.is_due(number) else plain).append(seconds - step)
+        columns = f"{step:8.3f} {statistics.median(drawn[1:]):8.3f} {statistics.median(plain):8.3f}"
+        print(f"{beside:5} layers of {stacked:3} {columns}", flush=True)
+
+
 def main() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("overhead", "windows"))
+    parser.add_argument("what", choices=("overhead", "windows", "large"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=500)
     arguments = parser.parse_args()
     if arguments.what == "overhead":
         overhead(arguments.steps, arguments.pairs, arguments.device)
-    else:
+    elif arguments.what == "windows":
         windows(arguments.device)
+    else:
+        many_cells(arguments.device)
+        large_layers(arguments.device)
 
 
 if __name__ == "__main__":
