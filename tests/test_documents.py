@@ -75,7 +75,7 @@ def test_the_two_commands_of_the_readme_name_what_exists():
 
 def test_each_promise_of_the_readme_has_its_test():
     assert "](tests/README.md)" in README
-    assert GUARANTEES.count("\n### ") == 8
+    assert GUARANTEES.count("\n### ") == 9
     points = re.findall(r"^- .*\n(?:  .*\n)*", GUARANTEES, re.MULTILINE)
     assert len(points) > 30
     for point in points:

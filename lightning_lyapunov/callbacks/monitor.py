@@ -47,7 +47,8 @@ class LyapunovMonitor(TrainerHooks):
         warmup: steps at the start of each sequence that are not averaged, at most half of the longest; None for 50.
         qr_interval: see :func:`~lightning_lyapunov.lyapunov_spectrum`.
         dtype: see :func:`~lightning_lyapunov.lyapunov_spectrum`.
-        log_spectrum: log pictures and histograms of the spectra to the loggers that can show them.
+        log_spectrum: log pictures and histograms of the spectra to the loggers that can show them: pictures whenever
+            the run is a quarter longer than at the last ones, and at its end.
         log_band: log the 95 % confidence band of the largest exponent of each cell to TensorBoard, too, as
             ``"lyapunov_band/<layer>/lower"`` and ``".../upper"``, for the charts of
             :func:`~lightning_lyapunov.lyapunov_layout`.

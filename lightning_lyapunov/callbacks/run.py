@@ -1,13 +1,12 @@
 """What belongs to one run of a trainer, and is forgotten with it."""
 
+import logging
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_lyapunov.callbacks.guard import guarded
 from lightning_lyapunov.callbacks.measurement import Measurement, Options
@@ -26,6 +25,8 @@ from lightning_lyapunov.reporting.history import History
 
 __all__ = ["Run", "failure_message"]
 
+# Lightning's own, because it is shown.
+_LOG = logging.getLogger("lightning.pytorch")
 # Held while a monitor takes a run. Of the module, because a monitor is copied and pickled.
 _STARTING = threading.Lock()
 _BUSY = (
@@ -146,7 +147,7 @@ class Run:
             message = self.overhead.forecast(progress.num_batches)
             if message is not None:
                 self.said_cost = True
-                rank_zero_info(message)
+                _LOG.info(message)
         return is_due
 
     def end_batch(self, trainer: Any, progress: Progress, step: int) -> None:
