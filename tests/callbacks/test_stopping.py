@@ -304,6 +304,18 @@ class Judged(InstabilityStopping):
         self.judged = state["judged"]
 
 
+@pytest.fixture(scope="module")
+def host_that_resumes_exactly(tmp_path_factory):
+    """Skip where Lightning itself, without the package, takes the batch at which it resumes once more (2.4 does)."""
+    folder = tmp_path_factory.mktemp("host")
+    keep = ModelCheckpoint(folder, filename="run", every_n_train_steps=3)
+    fit(Dial(RISING), keep, max_epochs=1, enable_checkpointing=True)
+    resumed = fit(Dial(RISING), max_epochs=2, ckpt_path=folder / "run.ckpt")
+    if resumed.global_step != fit(Dial(RISING), max_epochs=2).global_step:
+        pytest.skip("this Lightning repeats the batch at which it resumes")
+
+
+@pytest.mark.usefixtures("host_that_resumes_exactly")
 @pytest.mark.parametrize("order", [("monitor", "rule"), ("rule", "monitor")], ids="-".join)
 @pytest.mark.parametrize("schedule", [{}, {"every_n_train_steps": 2}, {"every_n_train_steps": 1}], ids=str)
 @pytest.mark.parametrize("at", [3, 6])
@@ -323,6 +335,7 @@ def test_a_resumed_run_judges_the_measurements_of_one_that_was_not_interrupted(s
     assert rule.stopping_reason_message == straight.stopping_reason_message
 
 
+@pytest.mark.usefixtures("host_that_resumes_exactly")
 def test_a_run_that_is_resumed_within_an_epoch_judges_the_same_too(tmp_path):
     schedule = {"every_n_train_steps": 4}
     straight, rule = Judged(patience=99), Judged(patience=99)
