@@ -121,21 +121,10 @@ def differentiable_layer_growth(
     Raises:
         ValueError: if the graph does not reach the parameters, or the network is not finite.
     """
-
-    def growth(driven: DrivenCell) -> Growth:
-        size = driven.recurrence.state_size
-        return differentiable_growth(
-            driven.recurrence,
-            driven.inputs,
-            driven.state,
-            sequences.lengths,
-            num_exponents=size if num_exponents is None else min(num_exponents, size),
-            warmup=warmup,
-            qr_interval=qr_interval,
-        )
-
     with plain_arithmetic(keep_graph=True):
-        growths = [(driven.name, growth(driven)) for driven in layer.drive(sequences)]
+        growths = _growth_of_each(
+            differentiable_growth, layer, sequences, num_exponents, warmup=warmup, qr_interval=qr_interval
+        )
     trainable = layer.module is not None and any(parameter.requires_grad for parameter in layer.module.parameters())
     if trainable and torch.is_grad_enabled() and not any(growth.total.requires_grad for _, growth in growths):
         raise ValueError(
@@ -156,23 +145,27 @@ def layer_growth(
     segments: int = 1,
 ) -> list[tuple[str, Growth]]:
     """Return the growth of the leading directions of each cell of a layer, with the cell's name."""
+    options: dict[str, Any] = {"warmup": warmup, "qr_interval": qr_interval, "dtype": dtype, "segments": segments}
+    with plain_arithmetic():
+        return _growth_of_each(log_growth, layer, sequences, num_exponents, **options)
+
+
+def _growth_of_each(
+    growth_of: Callable[..., Growth],
+    layer: RecurrentLayer,
+    sequences: Sequences,
+    num_exponents: int | None,
+    **options: Any,
+) -> list[tuple[str, Growth]]:
+    """Return the growth of the leading directions of each cell, with its name, by a function of the kernel."""
 
     def growth(driven: DrivenCell) -> Growth:
         size = driven.recurrence.state_size
-        return log_growth(
-            driven.recurrence,
-            driven.inputs,
-            driven.state,
-            sequences.lengths,
-            num_exponents=size if num_exponents is None else min(num_exponents, size),
-            warmup=warmup,
-            qr_interval=qr_interval,
-            dtype=dtype,
-            segments=segments,
-        )
+        count = size if num_exponents is None else min(num_exponents, size)
+        cell = driven.recurrence, driven.inputs, driven.state, sequences.lengths
+        return growth_of(*cell, num_exponents=count, **options)
 
-    with plain_arithmetic():
-        return [(driven.name, growth(driven)) for driven in layer.drive(sequences)]
+    return [(driven.name, growth(driven)) for driven in layer.drive(sequences)]
 
 
 def jacobians(

@@ -1,5 +1,6 @@
 """Shared by the tests: tensors, small models, data, trainers, and access to the results of a run."""
 
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -328,6 +329,19 @@ class TanhCell(nn.Module):
         return self.drive(inputs, state).tanh()
 
 
+class Cube(torch.autograd.Function):
+    """A function without a forward derivative and without a batching rule."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * gradient
+
+
 def run_cell(cell: Any, inputs: Tensor, state: Tensor) -> Tensor:
     """Call a cell step by step along ``(batch, time, input)``; return its states, ``(batch, time, state)``."""
     states = []
@@ -441,6 +455,21 @@ def hooks_of(model: nn.Module) -> list[Any]:
         if name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         for hook in hooks.values()
     ]
+
+
+class BeforeEachLine:
+    """A trace for ``sys.settrace``: calls ``action`` with the number of each line of some functions, before it."""
+
+    def __init__(self, functions: Iterable[Any], action: Callable[[int], Any]) -> None:
+        self.action, self.lines, self.codes = action, 0, {function.__code__ for function in functions}
+
+    def __call__(self, frame: Any, event: str, arg: Any) -> Any:
+        if frame.f_code not in self.codes:
+            return None
+        if event == "line":
+            self.lines += 1
+            self.action(self.lines)
+        return self
 
 
 def messages(record: Any, text: str = "") -> list[str]:

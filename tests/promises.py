@@ -64,11 +64,10 @@ class Account:
 def bits(value: Any) -> Any:
     """Return an object that is equal for two values only if they are bitwise equal, NaN included."""
     if isinstance(value, torch.Tensor):
-        value = value.detach()
         if value.is_quantized:
-            return "quantized", bits(value.int_repr())
-        content = value.cpu().to_dense().flatten().contiguous().view(torch.uint8).numpy().tobytes()
-        return str(value.dtype), str(value.device), tuple(value.shape), content
+            return "quantized", bits(value.detach().int_repr())
+        content = value.detach().cpu().to_dense().flatten().contiguous().view(torch.uint8).numpy().tobytes()
+        return str(value.dtype), str(value.device), tuple(value.shape), value.requires_grad, content
     if isinstance(value, np.ndarray):
         return str(value.dtype), value.shape, value.tobytes()
     if isinstance(value, dict):
@@ -95,6 +94,27 @@ def users(metrics: Any) -> dict[str, Any]:
     return {key: value for key, value in metrics.items() if not key.startswith("lyapunov/")}
 
 
+def state_of(trainer: Any, module: Any) -> dict[str, Any]:
+    """Return what a callback could have changed in a run."""
+    return {
+        "weights": module.state_dict(),
+        "gradients": [parameter.grad for parameter in module.parameters()],
+        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "random": random_states(),
+        "modes": {name: part.training for name, part in module.named_modules()},
+        "metrics": [users(trainer.callback_metrics), users(trainer.logged_metrics)],
+        "switches": [
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled("cpu"),
+            torch.get_default_dtype(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_anomaly_enabled(),
+            torch.get_num_threads(),
+        ],
+        "steps": [trainer.global_step, trainer.current_epoch, trainer.should_stop],
+    }
+
+
 class Notebook(SilentLogger):
     """A logger that keeps what it receives of the user's."""
 
@@ -118,17 +138,7 @@ class Witness(Callback):
         self.account.seen += [(f"{place}: {name}", bits(value)) for name, value in seen.items()]
 
     def look(self, place: str, trainer: Any, module: Any) -> None:
-        self.note(
-            place,
-            weights=module.state_dict(),
-            gradients=[parameter.grad for parameter in module.parameters()],
-            optimizers=[optimizer.state_dict() for optimizer in trainer.optimizers],
-            random=random_states(),
-            modes={name: part.training for name, part in module.named_modules()},
-            metrics=[users(trainer.callback_metrics), users(trainer.logged_metrics)],
-            switches=[torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_default_dtype()],
-            steps=[trainer.global_step, trainer.current_epoch, trainer.should_stop],
-        )
+        self.note(place, **state_of(trainer, module))
 
     def outlived(self, place: str) -> None:
         if any(tensor() is not None for tensor in self.tensors):

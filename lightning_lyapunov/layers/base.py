@@ -73,8 +73,8 @@ class RecurrentLayer(ABC):
         """Return the arguments of :func:`~lightning_lyapunov.lyapunov_spectrum` as sequences."""
 
     @abstractmethod
-    def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call | None:
-        """Return one call of the module's ``forward``; None for one that starts from no known state."""
+    def read_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Call:
+        """Return one call of the module's ``forward``."""
 
     @abstractmethod
     def drive(self, sequences: Sequences) -> Iterator[DrivenCell]:

@@ -14,7 +14,6 @@ from lightning_lyapunov.layers.trees import flatten, unflatten
 __all__ = [
     "aliased_copy",
     "assign",
-    "attached_copy",
     "cast",
     "frozen_copy",
     "get_attribute",
@@ -22,6 +21,7 @@ __all__ = [
     "is_sharded",
     "kept_tensors",
     "same",
+    "stepping_copy",
 ]
 
 # Attributes of every module, and the list of weights of torch's recurrent layers.
@@ -40,12 +40,14 @@ def frozen_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return frozen
 
 
-def attached_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a copy as :func:`frozen_copy` makes it, with the module's own parameters, cast, in the place of copies.
+def stepping_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a copy as :func:`frozen_copy` makes it; with gradients, its weights are the module's parameters, cast.
 
-    In a mode with gradients they keep their graph: what the copy returns can be differentiated by the parameters.
+    What it returns can then be differentiated by the parameters.
     """
     attached = frozen_copy(module, dtype)
+    if not torch.is_grad_enabled():
+        return attached
     for copied, part in zip(attached.modules(), module.modules(), strict=True):
         own: dict[str, Any] = {name: cast(parameter, dtype) for name, parameter in part._parameters.items()}
         copied._parameters.update(own)

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from lightning_lyapunov.kernel.autodiff import AutodiffRecurrence
 from lightning_lyapunov.kernel.precision import widest_dtype
 from lightning_lyapunov.layers.base import Call, DrivenCell, RecurrentLayer, Sequences, check_tensor
-from lightning_lyapunov.layers.copies import attached_copy, frozen_copy
+from lightning_lyapunov.layers.copies import stepping_copy
 from lightning_lyapunov.layers.sharding import full_tensor
 
 __all__ = ["CallableLayer", "CustomLayer", "Step", "drive_step"]
@@ -169,8 +169,7 @@ class CustomLayer(RecurrentLayer):
 
     def _plain_step(self, dtype: torch.dtype | None) -> Callable[[Tensor, Tensor], Tensor]:
         """Return the step as a function of flat real states, with weights that are a copy, or have a graph."""
-        make = attached_copy if torch.is_grad_enabled() else frozen_copy
-        module, layout = make(self.module, dtype or torch.float64), self._layout
+        module, layout = stepping_copy(self.module, dtype or torch.float64), self._layout
         assert layout is not None
 
         def step(state: Tensor, inputs: Tensor) -> Tensor:

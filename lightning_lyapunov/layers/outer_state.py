@@ -36,9 +36,8 @@ class OuterState:
 
     def has_drawn(self) -> bool:
         """Return whether random numbers of torch were drawn since."""
-        now = self._read()[0]
-        pairs = zip(self._generators, now, self._states[0], strict=True)
-        return any(not torch.equal(new, old) for (read, _), new, old in pairs if read not in _OF_OTHERS)
+        pairs = zip(self._generators, self._states[0], strict=True)
+        return any(not torch.equal(read(), old) for (read, _), old in pairs if read not in _OF_OTHERS)
 
     @contextmanager
     def again(self) -> Iterator[None]:

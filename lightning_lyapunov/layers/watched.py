@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lyapunov.kernel.precision import widest_dtype
 from lightning_lyapunov.layers.base import DrivenCell, RecurrentLayer, Sequences
-from lightning_lyapunov.layers.copies import assign, attached_copy, cast, frozen_copy
+from lightning_lyapunov.layers.copies import assign, cast, stepping_copy
 from lightning_lyapunov.layers.custom import drive_step
 from lightning_lyapunov.layers.trees import Structure, flatten, unflatten
 
@@ -153,8 +153,7 @@ class WatchedCell(RecurrentLayer):
     def plain_step(self, dtype: torch.dtype | None) -> Callable[[Tensor, Tensor], Tensor]:
         """Return the step as a function of flat real states and inputs; its weights are a copy, or have a graph."""
         dtype = dtype or torch.float64
-        make = attached_copy if torch.is_grad_enabled() else frozen_copy
-        module, call = make(self.module, dtype), self.step_call
+        module, call = stepping_copy(self.module, dtype), self.step_call
 
         def step(state: Tensor, inputs: Tensor) -> Tensor:
             values = unflatten_places(call.states, state, dtype) | unflatten_places(call.inputs, inputs, dtype)

@@ -17,7 +17,7 @@ from lightning_lyapunov.layers.watched import WatchedCell
 from lightning_lyapunov.recording.cells import MIN_SHARE, NoStateError, NotFollowedError, Results, read_cell
 from lightning_lyapunov.recording.chains import Segment, StateChangedError, join
 from lightning_lyapunov.recording.recorder import RecordedCall, RecordedCalls
-from lightning_lyapunov.recording.replay import difference, slack
+from lightning_lyapunov.recording.replay import difference, nudged, slack
 from lightning_lyapunov.recording.trimming import few_members
 from lightning_lyapunov.recording.whole_layers import read_unrolled, read_whole_layer
 
@@ -26,7 +26,9 @@ __all__ = ["Followed", "check_closed_form", "follow"]
 # Leaves of arguments that hold nothing else.
 _NUMBERS = (Tensor, bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 
-_CHECKED_STEPS = 25
+# Steps for which torch's own forward is compared with its formula, and members: it does the same in each. Another
+# forward may not, and is compared over all steps, with as many members as are measured by default.
+_CHECKED_STEPS, _CHECKED_MEMBERS, _MEMBERS_OF_OWN_FORWARD = 25, 2, 16
 
 
 class Followed(NamedTuple):
@@ -140,8 +142,8 @@ def _read(
 def _registered_segments(layer: CustomLayer, calls: list[RecordedCall]) -> list[Segment]:
     """Return the calls of a registered layer, and check its step by the states that the layer returns."""
     read = [layer.read_call(*call.call, call.result) for call in calls]
-    sequences = [call.sequences for call in read if call is not None]
-    finals = [call.final_states for call in read if call is not None]
+    sequences = [call.sequences for call in read]
+    finals = [call.final_states for call in read]
     if all(final is None for final in finals):
         finals = _returned_states(layer, sequences, calls)
     check_members(layer, sequences[-1])
@@ -296,12 +298,9 @@ def _cast_call(call: RecordedCall, dtype: torch.dtype) -> tuple[tuple[Any, ...],
 
 
 def _of_few(module: nn.Module, call: RecordedCall) -> RecordedCall:
-    """Return a call with a few members of its batch, where these can be told.
-
-    Torch's own forward does the same at every step and with every member: two members and some steps show it.
-    """
+    """Return a call with a few members of its batch, where these can be told."""
     is_own = has_own_forward(module)
-    few = few_members(module, call.arguments, call.results, 16 if is_own else 2)
+    few = few_members(module, call.arguments, call.results, _MEMBERS_OF_OWN_FORWARD if is_own else _CHECKED_MEMBERS)
     if few is None:
         return call
     (inputs, *others), results = few
@@ -330,9 +329,8 @@ def check_closed_form(
     steps = min(len(again), len(returned)) if int(sequences.lengths.max()) <= len(returned) else len(again)
     message = difference([again[:steps]], [returned[:steps]])
     if message is not None:  # a chaotic network forgets its digits: then a nudge grows as the difference does
-        nudge = 1e3 * torch.finfo(sequences.inputs.dtype).eps
-        nudged = layer.outputs(sequences._replace(inputs=sequences.inputs * (1 + nudge) + nudge))
-        message = difference([again[:steps]], [returned[:steps]], [slack(nudged, again, time_axis=0)[:steps]])
+        other = layer.outputs(sequences._replace(inputs=nudged(sequences.inputs, 1e3)))
+        message = difference([again[:steps]], [returned[:steps]], [slack(other, again, time_axis=0)[:steps]])
     if message is not None:
         raise NotFollowedError(message)
 

@@ -17,7 +17,7 @@ from lightning_lyapunov.layers.sharding import full_tensor
 from lightning_lyapunov.layers.trees import Structure, flatten, unflatten
 from lightning_lyapunov.recording.graph import Ancestry
 from lightning_lyapunov.recording.hooks import Hook, add_hooks, beside_modes, has_numbers, remove_hooks
-from lightning_lyapunov.recording.replay import difference, slack
+from lightning_lyapunov.recording.replay import difference, nudged, slack
 from lightning_lyapunov.recording.trimming import few_members, trim
 
 __all__ = ["RecordedCall", "RecordedCalls", "Recorder"]
@@ -241,11 +241,12 @@ class _Watch:
         call.results = _copied_leaves(leaves)
         if surroundings is not None:
             call.kept_before, call.kept_after = surroundings.changed(self._module, self._written)
-        drew = surroundings is not None and surroundings.outer.has_drawn()
         is_whole = not trim(self._module, call, *self._limits)
         self._num_bytes += call.num_bytes
         self.recorded.calls.append(call)
-        if self.recorded.mismatch is None and (is_whole or not drew):
+        # What was drawn for a whole batch cannot be drawn again for a part of it.
+        can_repeat = is_whole or surroundings is None or not surroundings.outer.has_drawn()
+        if self.recorded.mismatch is None and can_repeat:
             self.recorded.mismatch = self._compare(call, surroundings)
 
     def _compare(self, call: RecordedCall, surroundings: "_Surroundings | None") -> str | None:
@@ -266,9 +267,8 @@ class _Watch:
         args, kwargs = unflatten(call.argument_structure, _copied_leaves(call.arguments))
         leaves, structure = flatten(copied(*args, **kwargs))
         if self._registered is not None:
-            sequences = self._registered.read_call(*call.call, call.result)
-            if sequences is not None:
-                call.stepped = self._registered.after(copied, sequences.sequences)
+            read = self._registered.read_call(*call.call, call.result)
+            call.stepped = self._registered.after(copied, read.sequences)
         if structure != call.result_structure:
             return "it returned another structure when it was called again"
         return difference(*_known(leaves, call.results))
@@ -311,23 +311,16 @@ def _repeat_plain(module: nn.Module, copied: nn.Module, call: RecordedCall) -> s
     if message is None:
         return None
     # Other sizes of a batch round otherwise, and a chaotic network makes that large: then it does so with a nudge.
-    nudged = _known(comparable(run([_nudged(leaf) for leaf in arguments])), known)[0]
+    others = _known(comparable(run([nudged(leaf, 1e2) for leaf in arguments])), known)[0]
     time_axis = 1 if isinstance(module, nn.RNNBase) and module.batch_first and again[0].ndim == 3 else 0
     is_layer = isinstance(module, nn.RNNBase) and not drops
     grown = [
         slack(leaf, old, time_axis if is_layer and index == 0 else None)
         if isinstance(old, Tensor) and old.is_floating_point()
         else None
-        for index, (leaf, old) in enumerate(zip(nudged, again, strict=True))
+        for index, (leaf, old) in enumerate(zip(others, again, strict=True))
     ]
     return difference(again, returned, grown)
-
-
-def _nudged(leaf: Any) -> Any:
-    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-        return leaf
-    nudge = 1e2 * torch.finfo(leaf.dtype).eps
-    return leaf * (1 + nudge) + nudge
 
 
 def _known(again: list[Any], returned: list[Any]) -> tuple[list[Any], list[Any]]:

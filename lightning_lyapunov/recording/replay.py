@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["difference", "slack", "tolerance"]
+__all__ = ["difference", "nudged", "slack", "tolerance"]
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 4e-2, torch.float16: 4e-2}
 
@@ -46,17 +46,25 @@ def difference(again: list[Any], returned: list[Any], slack: list[Any] | None = 
     return None
 
 
-def slack(nudged: Tensor, again: Tensor, time_axis: int | None) -> Tensor:
+def nudged(values: Any, size: float) -> Any:
+    """Return slightly other numbers, by ``size`` times their rounding error; what holds none as it is."""
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        return values
+    nudge = size * torch.finfo(values.dtype).eps
+    return values * (1 + nudge) + nudge
+
+
+def slack(other: Tensor, again: Tensor, time_axis: int | None) -> Tensor:
     """Return how far rounding errors may have grown, by a run from slightly other arguments.
 
     A chaotic network forgets its digits: from there on nothing can be compared.
 
     Args:
-        nudged: the results from slightly other arguments, ``(..., output)``.
+        other: the results from slightly other arguments, ``(..., output)``.
         again: the results.
         time_axis: the axis of time; None where there is none.
     """
-    largest = (nudged - again).abs().nan_to_num(torch.inf).amax(-1, keepdim=True)
+    largest = (other - again).abs().nan_to_num(torch.inf).amax(-1, keepdim=True)
     return 10 * (largest if time_axis is None else largest.cummax(time_axis).values)
 
 

@@ -151,7 +151,6 @@ def few_members(
         return None
     if is_layer and results[0].shape[:2] != tensors[0].shape[:2]:
         return None
-    count = min(batch, count)
-    members = torch.tensor([member * batch // count for member in range(count)], device=tensors[0].device)
+    members = torch.tensor(longest([1] * batch, count), device=tensors[0].device)
     chosen = iter([leaf.index_select(axis, members) for leaf, axis in pairs])
     return [None if leaf is None else next(chosen) for leaf in arguments], list(chosen)

@@ -13,6 +13,7 @@ import torch
 from helpers import (
     FEATURES,
     At,
+    BeforeEachLine,
     Regressor,
     SilentLogger,
     failing_monitor,
@@ -237,39 +238,24 @@ def test_an_interrupt_in_a_measurement_leaves_no_hook_and_no_half_of_a_row():
     assert monitor.history == {}
 
 
-class InterruptAt:
-    """Raise KeyboardInterrupt before the ``number``-th line of the functions that add or remove hooks."""
-
-    CODE = (
-        Recorder.start,
-        Recorder.stop,
-        add_hooks,
-        remove_hooks,
-        NextStep.__init__,
-        NextStep.__call__,
-        NextStep.withdraw,
-        Run.record,
-        Run.stop,
-        inspect.unwrap(Run.start_recording),
-        inspect.unwrap(Run.stop_recording),
-        inspect.unwrap(LyapunovMonitor.on_train_batch_start),
-        inspect.unwrap(LyapunovMonitor.on_train_batch_end),
-        inspect.unwrap(LyapunovMonitor.on_train_epoch_end),
-        LyapunovMonitor._end_run,
-        nn.Module.register_forward_hook,
-    )
-
-    def __init__(self, number):
-        self.number, self.lines, self.codes = number, 0, {function.__code__ for function in self.CODE}
-
-    def __call__(self, frame, event, arg):
-        if frame.f_code not in self.codes:
-            return None
-        if event == "line":
-            self.lines += 1
-            if self.lines == self.number:
-                raise KeyboardInterrupt
-        return self
+HANDLE_HOOKS = (
+    Recorder.start,
+    Recorder.stop,
+    add_hooks,
+    remove_hooks,
+    NextStep.__init__,
+    NextStep.__call__,
+    NextStep.withdraw,
+    Run.record,
+    Run.stop,
+    inspect.unwrap(Run.start_recording),
+    inspect.unwrap(Run.stop_recording),
+    inspect.unwrap(LyapunovMonitor.on_train_batch_start),
+    inspect.unwrap(LyapunovMonitor.on_train_batch_end),
+    inspect.unwrap(LyapunovMonitor.on_train_epoch_end),
+    LyapunovMonitor._end_run,
+    nn.Module.register_forward_hook,
+)
 
 
 def interrupted_at(number):
@@ -277,15 +263,20 @@ def interrupted_at(number):
     model, monitor = Tiny(), LyapunovMonitor(every_n_train_steps=1, max_steps=2, warmup=0)
     model.other = nn.GRU(FEATURES, 1)
     trainer = make_trainer(monitor, max_epochs=1)
-    interrupt, before = InterruptAt(number), sys.gettrace()
-    sys.settrace(interrupt)
+
+    def interrupt(line):
+        if line == number:
+            raise KeyboardInterrupt
+
+    trace, before = BeforeEachLine(HANDLE_HOOKS, interrupt), sys.gettrace()
+    sys.settrace(trace)
     try:
         trainer.fit(model, series(1, batch_size=2, time=2))
     except (KeyboardInterrupt, SystemExit):
         pass
     finally:
         sys.settrace(before)
-    return interrupt.lines, model, monitor
+    return trace.lines, model, monitor
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -14,6 +14,7 @@ import torch
 from helpers import (
     FEATURES,
     At,
+    BeforeEachLine,
     CellModel,
     Regressor,
     SilentLogger,
@@ -196,26 +197,12 @@ def whole(history):
     return all(step == steps[0] for step in steps) and len(steps) in (0, 2)
 
 
-class BeforeEachLine:
-    """Do something before each line of the functions that keep the books."""
-
-    CODES = (Publisher.publish, Publisher._update, History.append)
-
-    def __init__(self, action):
-        self.action, self.lines, self.codes = action, 0, {function.__code__ for function in self.CODES}
-
-    def __call__(self, frame, event, arg):
-        if frame.f_code not in self.codes:
-            return None
-        if event == "line":
-            self.lines += 1
-            self.action(self.lines)
-        return self
+KEEP_THE_BOOKS = (Publisher.publish, Publisher._update, History.append)
 
 
 def traced(action, **options):
     model, monitor = Regressor("GRU", 2, num_layers=2), LyapunovMonitor(every_n_train_steps=1, **options)
-    trace, before = BeforeEachLine(functools.partial(action, monitor)), sys.gettrace()
+    trace, before = BeforeEachLine(KEEP_THE_BOOKS, functools.partial(action, monitor)), sys.gettrace()
     sys.settrace(trace)
     try:
         fit(model, monitor, data=series(2), max_epochs=1)

@@ -14,6 +14,7 @@ import torchmetrics
 from helpers import FEATURES, Regressor, SilentLogger, TanhCell, make_trainer, series
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from promises import bits, seed, state_of, users
 from torch import nn
 
 from lightning_lyapunov import LyapunovMonitor
@@ -21,35 +22,6 @@ from lightning_lyapunov import LyapunovMonitor
 pytestmark = pytest.mark.slow
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
-
-
-def bits(value):
-    """Return an object that is equal for two values only if they are bitwise equal, NaN included."""
-    if isinstance(value, torch.Tensor):
-        content = value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes()
-        return str(value.dtype), str(value.device), tuple(value.shape), value.requires_grad, content
-    if isinstance(value, np.ndarray):
-        return str(value.dtype), value.shape, value.tobytes()
-    if isinstance(value, dict):
-        return [(key, bits(item)) for key, item in value.items()]
-    if isinstance(value, list | tuple):
-        return [bits(item) for item in value]
-    return repr(value)
-
-
-def random_states():
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-
-
-def seed():
-    random.seed(3)
-    np.random.seed(4)
-    torch.manual_seed(5)
-
-
-def users(metrics):
-    """Return the metrics that are not the package's."""
-    return {key: value for key, value in metrics.items() if not key.startswith("lyapunov/")}
 
 
 class Notebook(SilentLogger):
@@ -80,25 +52,8 @@ class Witness(Callback):
     def look(self, place, trainer, module):
         self.note(
             place,
-            weights=module.state_dict(),
-            gradients=[parameter.grad for parameter in module.parameters()],
-            optimizers=[optimizer.state_dict() for optimizer in trainer.optimizers],
-            random=random_states(),
-            modes={name: part.training for name, part in module.named_modules()},
-            logged=[
-                users(trainer.callback_metrics),
-                users(trainer.logged_metrics),
-                users(trainer.progress_bar_metrics),
-            ],
-            switches=[
-                torch.is_grad_enabled(),
-                torch.is_autocast_enabled("cpu"),
-                torch.get_default_dtype(),
-                torch.are_deterministic_algorithms_enabled(),
-                torch.is_anomaly_enabled(),
-                torch.get_num_threads(),
-            ],
-            steps=[trainer.global_step, trainer.current_epoch, trainer.should_stop],
+            **state_of(trainer, module),
+            progress_bar=users(trainer.progress_bar_metrics),
             calls=[module.calls, module.rnn_calls],
         )
 

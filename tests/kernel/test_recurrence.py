@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from helpers import assert_near, descending, members, randn
+from helpers import Cube, assert_near, descending, members, randn
 from mpmath import mp
 from reference import CELLS
 from torch import nn
@@ -127,19 +127,6 @@ def test_a_callable_is_pushed_through_several_steps_in_the_order_of_time(num_exp
         expected = (1 - torch.tanh(state @ mix.T + step_inputs) ** 2)[..., None] * (mix @ expected)
     with torch.no_grad():
         assert_near(push_forward(autodiff, states, x, frame), expected, 1e-13)
-
-
-class Cube(torch.autograd.Function):
-    """A function without a forward derivative and without a batching rule."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return 3 * ctx.saved_tensors[0] ** 2 * gradient
 
 
 class CubeOnce(Cube):
