@@ -281,21 +281,16 @@ SHARES = {
 
 @pytest.mark.parametrize(("schedule", "num_processes"), SHARES.values(), ids=SHARES)
 def test_processes_whose_clocks_differ_measure_on_the_same_batches(schedule, num_processes, tmp_path, monkeypatch):
-    def options():
-        return {"max_overhead": 0.6, "warmup": 2, "strict": True, **schedule}
+    def steps_by(clock):
+        monkeypatch.setattr("lightning_lyapunov.callbacks.overhead.perf_counter", clock)
+        monitor = LyapunovMonitor(max_overhead=0.6, warmup=2, strict=True, **schedule)
+        run = {"monitor": monitor, "data": series(8 * num_processes), "max_epochs": 3}
+        results = fit_distributed(RankModel(), num_processes, tmp_path, **run)
+        assert_all_know_the_same(results)
+        assert all(len(values) == len(results[0]["values"][0]) for values in results[0]["values"])
+        return results[0]["history"]["rnn"]["step"].tolist()
 
-    def alone_by_the_clock_of(rank):
-        monkeypatch.setattr("lightning_lyapunov.callbacks.overhead.perf_counter", UnlikeClock(rank))
-        monitor = LyapunovMonitor(**options())
-        fit(RankModel(), monitor, data=series(8), max_epochs=3)
-        return monitor.history["rnn"]["step"].tolist()
-
-    expected = [alone_by_the_clock_of(rank) for rank in range(2)]
-    monkeypatch.setattr("lightning_lyapunov.callbacks.overhead.perf_counter", UnlikeClock())
-    run = {"monitor": LyapunovMonitor(**options()), "data": series(8 * num_processes), "max_epochs": 3}
-    results = fit_distributed(RankModel(), num_processes, tmp_path, **run)
-    assert_all_know_the_same(results)
-    assert results[0]["history"]["rnn"]["step"].tolist() == expected[0]
+    expected = [steps_by(UnlikeClock(rank)) for rank in range(2)]
+    assert steps_by(UnlikeClock()) == expected[0]
     # Or it would be no test: by their own clocks they would not have agreed.
     assert any(steps != expected[0] for steps in expected)
-    assert all(len(values) == len(results[0]["values"][0]) for values in results[0]["values"])
