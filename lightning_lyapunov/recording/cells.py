@@ -106,9 +106,9 @@ def _state_pairs(module: nn.Module, calls: list[RecordedCall], alike: list[bool]
     earlier: dict[Key, Results] = {}
     for call, fits in zip(calls, alike, strict=True):
         before, after = _leaves(call)
-        for (key, argument), (place, results) in itertools.product(before.items() if fits else (), earlier.items()):
-            kept = isinstance(key, tuple) or isinstance(place, tuple)
-            if (not kept or key == place) and (share := results.share_in(argument)) is not None:
+        for place, results in earlier.items() if fits else ():
+            possible = {key: leaf for key, leaf in before.items() if key == place or not _is_kept(key, place)}
+            for key, share in results.shares_in(possible).items():
                 shares.setdefault((key, place), []).append(share)
         for place, result in after.items():
             earlier.setdefault(place, Results()).add(result)
@@ -125,6 +125,11 @@ def _state_pairs(module: nn.Module, calls: list[RecordedCall], alike: list[bool]
     return pairs
 
 
+def _is_kept(key: Key, place: Key) -> bool:
+    """Return whether one of two places is a tensor that the module keeps."""
+    return isinstance(key, tuple) or isinstance(place, tuple)
+
+
 class Results:
     """What a module returned in one place, call by call."""
 
@@ -137,23 +142,36 @@ class Results:
         """Add the result of the next call."""
         self._results.append(result)
 
-    def share_in(self, argument: Tensor) -> float | None:
-        """Return the share of the numbers of an argument that were returned before; None if all of them are zero."""
+    def shares_in(self, arguments: dict[Key, Tensor]) -> dict[Key, float]:
+        """Return for each argument the share of its numbers that were returned before; none for one of zeros.
+
+        Where one argument is the last result as it is, the others are not looked for in other places.
+        """
+        arguments = {key: argument for key, argument in arguments.items() if bool((argument != 0).any())}
+        shares = {key: self._share_of_last(argument) for key, argument in arguments.items()}
+        if max(shares.values(), default=1.0) < 1:
+            for key, argument in arguments.items():
+                shares[key] = max(shares[key], self._share_of_rows(argument))
+        return shares
+
+    def _share_of_last(self, argument: Tensor) -> float:
+        last = self._results[-1]
+        if argument.numel() != last.numel():
+            return 0.0
         counts = argument != 0
-        if not counts.any():
-            return None
-        last, share = self._results[-1], 0.0
-        if argument.numel() == last.numel():
-            share = float((counts.flatten() & (argument.flatten() == last.flatten())).sum() / counts.sum())
-        if share < 1:  # in other places of the batch, of fewer members, or of a call before the last one
-            for result in self._results[self._num_known :]:
-                self._rows.update(row for axis in range(min(2, result.ndim)) for row in _rows(result, axis))
-            self._num_known = len(self._results)
-            for axis in range(min(2, argument.ndim)):
-                rows = _rows(argument, axis)
-                zero = bytes(len(rows[0]))
-                hits = [row in self._rows for row in rows if row != zero]
-                share = max(share, sum(hits) / max(1, len(hits)))
+        return float((counts.flatten() & (argument.flatten() == last.flatten())).sum() / counts.sum())
+
+    def _share_of_rows(self, argument: Tensor) -> float:
+        """Return the share of its rows that are in other places of the batch, or of a call before the last one."""
+        for result in self._results[self._num_known :]:
+            self._rows.update(row for axis in range(min(2, result.ndim)) for row in _rows(result, axis))
+        self._num_known = len(self._results)
+        share = 0.0
+        for axis in range(min(2, argument.ndim)):
+            rows = _rows(argument, axis)
+            zero = bytes(len(rows[0]))
+            hits = [row in self._rows for row in rows if row != zero]
+            share = max(share, sum(hits) / max(1, len(hits)))
         return share
 
 

@@ -184,7 +184,7 @@ def _returned_states(layer: CustomLayer, sequences: list[Sequences], calls: list
         earlier: dict[int, Results] = {}
         for leaves, call in zip(given, calls, strict=True):
             for place, results in earlier.items():
-                if (share := results.share_in(leaves[part])) is not None:
+                for share in results.shares_in({part: leaves[part]}).values():
                     shares.setdefault(place, []).append(share)
             for place, result in enumerate(call.results):
                 if isinstance(result, Tensor) and result.numel() == leaves[part].numel():

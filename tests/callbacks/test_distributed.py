@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import FEATURES, failing_monitor, fit, keys_of, series
+from helpers import FEATURES, failing_monitor, keys_of, series
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
