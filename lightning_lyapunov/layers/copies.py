@@ -20,6 +20,7 @@ __all__ = [
     "has_made_weights",
     "is_sharded",
     "kept_tensors",
+    "private_copy",
     "same",
     "stepping_copy",
 ]
@@ -113,6 +114,11 @@ def aliased_copy(module: nn.Module) -> nn.Module | None:
                 still.n_power_iterations = 0
                 part._forward_pre_hooks[key] = still
     return aliased
+
+
+def private_copy(module: nn.Module) -> nn.Module:
+    """Return a copy in the same mode with weights of its own, those of now, without the user's hooks."""
+    return _deepcopy(module, {})
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Record what recurrent layers of a running model are called with and what they return, as it passes by."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any
@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lyapunov.layers.copies import aliased_copy, assign, has_made_weights, is_sharded, kept_tensors, same
+from lightning_lyapunov.layers.copies import (
+    aliased_copy,
+    assign,
+    has_made_weights,
+    is_sharded,
+    kept_tensors,
+    private_copy,
+    same,
+)
 from lightning_lyapunov.layers.discovery import FoundLayer
 from lightning_lyapunov.layers.outer_state import OuterState
 from lightning_lyapunov.layers.registry import registered
@@ -26,6 +34,8 @@ __all__ = ["RecordedCall", "RecordedCalls", "Recorder"]
 _MAX_BYTES = 2**28
 # Members of a batch with which a call of torch's own layers is repeated: they are independent.
 _NUM_REPEATED = 2
+# Calls of torch's cells are repeated together at the end, with a copy of weights up to this size.
+_MAX_COPIED_BYTES = 2**26
 _TORCHS_OWN = (nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell)
 _SKIPPED = (
     "It was called under `torch.func` only (`vmap`, `grad`), while it was traced, or after it was scripted. Call it "
@@ -145,12 +155,14 @@ class Recorder:
             add_hooks(self, name, target, wrapper[0] if wrapper and makes_weights else None)
 
     def stop(self) -> None:
-        """Record no more; remove every hook."""
+        """Record no more; remove every hook, and repeat the calls that wait for it."""
         for module, target, wrapper in self._layers.values():
             for hooked in (module, target, None if wrapper is None else wrapper[0]):
                 if hooked is not None:
                     remove_hooks(hooked, self)
         self.recording = False
+        for name in self._watches:
+            self.receive(name, "repeat_waiting")
 
     def take(self) -> dict[str, RecordedCalls]:
         """Return the calls of each layer, and forget them; a layer that was not called is not in it."""
@@ -196,6 +208,10 @@ class Recorder:
         """Record what the call returned, and repeat it."""
         self._watches[name].after(output)
 
+    def repeat_waiting(self, name: str) -> None:
+        """Repeat the calls that wait for it."""
+        self._watches[name].repeat_waiting()
+
     def skip(self, name: str) -> None:
         """Take note that calls pass by unseen."""
         self._watches[name].skipped = True
@@ -214,6 +230,7 @@ class _Watch:
         self._is_plain: bool | None = None
         self._copy: nn.Module | None = None
         self._pending: tuple[RecordedCall, _Surroundings | None] | None = None
+        self._waiting: _Waiting | None = None
         self.skipped = False
 
     def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -246,8 +263,30 @@ class _Watch:
         self.recorded.calls.append(call)
         # What was drawn for a whole batch cannot be drawn again for a part of it.
         can_repeat = is_whole or surroundings is None or not surroundings.outer.has_drawn()
-        if self.recorded.mismatch is None and can_repeat:
+        if self.recorded.mismatch is None and can_repeat and not self._waits(call):
             self.recorded.mismatch = self._compare(call, surroundings)
+
+    def _waits(self, call: RecordedCall) -> bool:
+        """Let a call of one of torch's own cells wait for the others; return False for any other call."""
+        if not self._is_plain or not isinstance(self._module, nn.RNNCellBase) or self.recorded.is_sharded:
+            return False
+        few = few_members(self._module, call.arguments, call.results, _NUM_REPEATED)
+        setting = (*_setting(self._module), call.argument_structure, [leaf is None for leaf in call.arguments])
+        if few is None or sum(weight.nbytes for weight in self._module.parameters()) > _MAX_COPIED_BYTES:
+            return False
+        if self._waiting is None or self._waiting.setting != setting:
+            self.repeat_waiting()
+            self._waiting = _Waiting(setting, private_copy(self._module), call.argument_structure)
+        self._waiting.calls.append(few)
+        return True
+
+    def repeat_waiting(self) -> None:
+        """Repeat the calls that wait, as one."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is None or self.recorded.mismatch is not None:
+            return
+        with torch.no_grad(), waiting.autocast():
+            self.recorded.mismatch = _repeat_plain(self._module, waiting.copied, waiting.as_one())
 
     def _compare(self, call: RecordedCall, surroundings: "_Surroundings | None") -> str | None:
         """Repeat a call; return how its results differ, None if they do not."""
@@ -272,6 +311,38 @@ class _Watch:
         if structure != call.result_structure:
             return "it returned another structure when it was called again"
         return difference(*_known(leaves, call.results))
+
+
+class _Waiting:
+    """Calls of one of torch's own cells in one setting, a few members of each, and a copy with the weights of then."""
+
+    def __init__(self, setting: tuple[Any, ...], copied: nn.Module, structure: Structure) -> None:
+        self.setting, self.copied, self._structure = setting, copied, structure
+        self.calls: list[tuple[list[Any], list[Any]]] = []
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the autocast context of the calls."""
+        kind, enabled, dtype = self.setting[0]
+        return torch.autocast(kind, dtype) if enabled else nullcontext()
+
+    def as_one(self) -> RecordedCall:
+        """Return a call with the members of all."""
+        arguments, results = (
+            [_joined(leaves) for leaves in zip(*part, strict=True)] for part in zip(*self.calls, strict=True)
+        )
+        return RecordedCall(arguments, self._structure, results)
+
+
+def _joined(leaves: tuple[Any, ...]) -> Any:
+    return torch.cat(leaves) if isinstance(leaves[0], Tensor) else None
+
+
+def _setting(module: nn.Module) -> tuple[Any, ...]:
+    """Return what must be the same for calls of a cell to be repeated as one: autocast, and the weights."""
+    kind = next(module.parameters()).device.type
+    weights = [(weight.data_ptr(), weight._version) for weight in module.parameters() if not weight.is_inference()]
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return (kind, enabled, torch.get_autocast_dtype(kind) if enabled else None), weights
 
 
 def is_plain(module: nn.Module) -> bool:

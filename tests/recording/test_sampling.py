@@ -1,6 +1,5 @@
 """How the calls of a layer become sequences, and what a recording leaves behind."""
 
-import copy
 import itertools
 import math
 from functools import cached_property
@@ -26,6 +25,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.testing import assert_close
 
 from lightning_lyapunov import LyapunovMonitor, lyapunov_spectrum
+from lightning_lyapunov.layers.copies import private_copy
 from lightning_lyapunov.layers.discovery import find_layers
 from lightning_lyapunov.recording.cells import NotFollowedError
 from lightning_lyapunov.recording.recorder import Recorder
@@ -668,20 +668,60 @@ def test_a_call_is_compared_with_a_second_one_of_a_few_members(make, form, monke
 
     module = make()
     assert recorded() is None
-    aliased_copy = recorder_module.aliased_copy
 
     def with_other_weights(module):
-        copied = copy.deepcopy(aliased_copy(module))
+        copied = private_copy(module)
         for parameter in copied.parameters():
             parameter.data.add_(0.1)
         return copied
 
-    monkeypatch.setattr(recorder_module, "aliased_copy", with_other_weights)
+    for name in ("aliased_copy", "private_copy"):
+        monkeypatch.setattr(recorder_module, name, with_other_weights)
     cut_in_time = form == "large" and not getattr(module, "bidirectional", False)
     if cut_in_time and getattr(module, "dropout", 0):  # neither outputs nor last states are known
         assert recorded() is None
     else:
         assert "is off by up to" in recorded()
+
+
+@cells
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+def test_the_calls_of_a_cell_are_repeated_together_with_the_weights_of_each(make, autocast):
+    module, state = make(), None
+    with Recording(module) as recording:
+        for step in range(6):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast and step < 4):
+                state = module(torch.randn(BATCH, FEATURES), None if step == 4 else state)
+            if step % 2:
+                with torch.no_grad():
+                    module.weight_hh.mul_(-1.5)
+    assert recording.recorder.take()["layer"].mismatch is None
+    assert not recording.recorder.errors
+
+
+@cells
+def test_one_call_of_many_that_returned_something_else_is_found(make, monkeypatch):
+    module, state = make(), None
+    with Recording(module) as recording:
+        for step in range(6):
+            with monkeypatch.context() as patch:
+                if step == 3:
+                    patch.setattr(torch._VF, VF_NAMES[type(module)], doubled(VF_NAMES[type(module)]))
+                state = module(torch.randn(BATCH, FEATURES), state)
+    assert "is off by up to" in recording.recorder.take()["layer"].mismatch
+
+
+VF_NAMES = {nn.RNNCell: "rnn_tanh_cell", nn.GRUCell: "gru_cell", nn.LSTMCell: "lstm_cell"}
+
+
+def doubled(name):
+    function = getattr(torch._VF, name)
+
+    def double(*arguments):
+        result = function(*arguments)
+        return tuple(2 * part for part in result) if isinstance(result, tuple) else 2 * result
+
+    return double
 
 
 def test_a_chaotic_layer_that_rounds_otherwise_with_fewer_members_is_followed():
