@@ -104,7 +104,7 @@ class InstabilityStopping(EarlyStopping, AnyCallback):  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._side, self._seen = str(state_dict.get("side", "")), state_dict.get("seen")
+        self._side, self._seen = str(state_dict.get("side", "")), _as_seen(state_dict.get("seen"))
         self._is_resumed = True
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -232,6 +232,12 @@ class InstabilityStopping(EarlyStopping, AnyCallback):  # type: ignore[misc]
             return f"{in_decades}, above {limit:g} {sure}; gradients explode."
         grows = f"perturbations and gradients grow {math.exp(min(10 * estimate.value, 700)):.3g}-fold in 10 steps"
         return f"{value}, above {self.threshold:g} {sure}; {grows}."
+
+
+def _as_seen(saved: Any) -> tuple[str, int] | None:
+    """Return layer and step of the last measurement from a checkpoint; None if there was none, or it is damaged."""
+    is_pair = isinstance(saved, list | tuple) and len(saved) == 2
+    return (saved[0], saved[1]) if is_pair and isinstance(saved[0], str) and isinstance(saved[1], int) else None
 
 
 def _check_thresholds(threshold: float | None, decades: float | None, lower_threshold: float | None) -> None:

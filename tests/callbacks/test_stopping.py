@@ -471,3 +471,12 @@ def test_false_alarms_on_a_stable_network_near_the_edge_are_rare():
     # One measurement in twenty may be; two in a row were 0 of 200.
     assert sum(alarms) / repeats <= 0.05
     assert sum(a and b for a, b in zip(alarms[::2], alarms[1::2], strict=True)) <= 1
+
+
+@pytest.mark.parametrize("seen", [5, "rnn", ["rnn"], [1, 2], {"rnn": 3}, torch.zeros(2)], ids=str)
+def test_a_rule_with_a_damaged_state_judges_anew_and_the_run_goes_on(seen):
+    rule = InstabilityStopping()
+    rule.load_state_dict({**rule.state_dict(), "seen": seen})
+    trainer = fit(Regressor("RNN"), LyapunovMonitor(every_n_train_steps=1), rule)
+    assert trainer.global_step > 0
+    assert rule.stopping_reason.name == "NOT_STOPPED"
