@@ -8,6 +8,7 @@ The names that matter:
 - :class:`LyapunovMonitor`, a Lightning callback: logs the spectrum of every recurrent layer of a model.
 - :class:`InstabilityStopping`, a callback: ends a run whose gradients explode over its sequences.
 - :func:`lyapunov_spectrum`: the spectrum of a recurrent module or of any map, without Lightning.
+- :func:`model_spectra`: those of the recurrent layers of any model, from one call of it, without a trainer.
 - :func:`lyapunov_init_`: move the leading exponents of a module to zero, so that gradients neither vanish nor explode.
 - :func:`jacobians`: the Jacobian of the state after each step by the state before it.
 - :func:`register_layer`: how to step a recurrent layer of your own.
@@ -23,6 +24,7 @@ from lightning_lyapunov.initialisation import FlossingResult, lyapunov_init_
 from lightning_lyapunov.invariants import kaplan_yorke_dimension, kolmogorov_sinai_entropy
 from lightning_lyapunov.kernel.propagation import EXPONENT_FLOOR
 from lightning_lyapunov.layers.registry import register_layer
+from lightning_lyapunov.measuring.models import CellSpectrum, model_spectra
 from lightning_lyapunov.metrics import (
     KaplanYorkeDimension,
     KolmogorovSinaiEntropy,
@@ -45,6 +47,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "EXPONENT_FLOOR",
+    "CellSpectrum",
     "FlossingResult",
     "InstabilityStopping",
     "KaplanYorkeDimension",
@@ -69,5 +72,6 @@ __all__ = [
     "lyapunov_layout",
     "lyapunov_metrics",
     "lyapunov_spectrum",
+    "model_spectra",
     "register_layer",
 ]

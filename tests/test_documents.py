@@ -43,8 +43,15 @@ def test_the_python_blocks_of_the_readme_run_one_after_the_other(capsys):
     for block in blocks("python"):
         exec(block, namespace)
     assert namespace["spectrum"].shape == (4, 32)
-    printed = [float(number) for number in re.findall(r"-?\d+\.\d+", capsys.readouterr().out)]
-    assert printed == pytest.approx([0.9624, -0.9624], abs=1e-4)
+    said = capsys.readouterr().out
+    printed = [float(number) for number in re.findall(r"-?\d+\.\d+", said)]
+    assert printed[:2] == pytest.approx([0.9624, -0.9624], abs=1e-4)
+    assert re.findall(r"^(\S+) CellSpectrum\(-0\.\d+ ± 0\.\d+, 16 sequences, 800 steps\)", said, re.MULTILINE) == [
+        "1.l0",
+        "1.l1",
+    ]
+    lorenz = zip(namespace["mean"].tolist(), namespace["stderr"].tolist(), (0.9056, 0.0, -14.572), strict=True)
+    assert all(0 < stderr < 0.05 and abs(mean - expected) < 4 * stderr for mean, stderr, expected in lorenz)
 
 
 def test_the_diff_of_the_readme_is_all_that_a_trainer_needs():

@@ -89,7 +89,7 @@ def test_inputs_that_are_no_tensor(function, dynamics, inputs):
 @pytest.mark.parametrize("dynamics", [GRU, LSTM, CELL, same], ids=["gru", "lstm", "cell", "callable"])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool])
 def test_inputs_of_integers(function, dynamics, dtype):
-    with refused(TypeError, "`inputs` must be of a floating point dtype", f"not {dtype}", "Write `inputs.float()`"):
+    with refused(TypeError, "`inputs` must be of a floating point dtype", f"not {dtype}", "model_spectra(model, ids)"):
         function(dynamics, INPUTS.to(dtype), torch.zeros(2, 4) if dynamics is same else None)
 
 

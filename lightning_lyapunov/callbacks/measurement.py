@@ -1,64 +1,30 @@
 """Measure the layers of a model along recorded sequences, together with all ranks."""
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lyapunov.callbacks.overhead import Overhead
-from lightning_lyapunov.callbacks.summaries import CellMetrics, CellSamples, summarised
 from lightning_lyapunov.callbacks.warn_once import WarnOnce
-from lightning_lyapunov.functional import layer_growth, working_dtype
+from lightning_lyapunov.functional import layer_growth
 from lightning_lyapunov.kernel.propagation import Growth
-from lightning_lyapunov.layers.base import Sequences
 from lightning_lyapunov.layers.discovery import FoundLayer
 from lightning_lyapunov.layers.outer_state import undisturbed
 from lightning_lyapunov.layers.sharding import gathered
+from lightning_lyapunov.measuring.layers import MeasuredLayer, Options, full_name, measure_layer, no_samples
+from lightning_lyapunov.measuring.summaries import CellMetrics, CellSamples, summarised
 from lightning_lyapunov.recording.cells import NotFollowedError
 from lightning_lyapunov.recording.reading import Followed, follow
 from lightning_lyapunov.recording.recorder import RecordedCalls
 
-__all__ = ["MAX_REPEATS", "Measurement", "Options"]
+__all__ = ["MAX_REPEATS", "Measurement"]
 
-# What a window from a state of zeros needs before its largest exponent is that of the long run: see the benchmarks.
-_WARMUP = 50
 MAX_REPEATS = 3
 """How many measurements of a layer that no rank calls any more repeat its last values, before these are NaN."""
 
 _REPEATED = f"Its last values are repeated in up to {MAX_REPEATS} measurements; after these they are NaN."
-# A single sequence is cut into so many segments: its error then comes from them.
-_SEGMENTS = 8
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to measure: see the arguments of :class:`~lightning_lyapunov.LyapunovMonitor`."""
-
-    num_sequences: int = 16
-    max_steps: int = 100
-    num_exponents: int | None = 16
-    warmup: int | None = None
-    qr_interval: int | Literal["auto"] = "auto"
-    dtype: torch.dtype | None = None
-    strict: bool = False
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """This rank has measured the layer.
-
-    Attributes:
-        growths: the growth of each of its cells, of each member of the batch.
-        state_sizes: the sizes of their states.
-        lengths: the length of the sequences of each member.
-    """
-
-    growths: list[Growth]
-    state_sizes: tuple[int, ...]
-    lengths: Tensor
 
 
 class _NotCalled:
@@ -67,6 +33,9 @@ class _NotCalled:
 
 class _Failed:
     """The layer was called on this rank and could not be measured."""
+
+
+_Outcome: TypeAlias = MeasuredLayer | _NotCalled | _Failed
 
 
 class Measurement:
@@ -99,7 +68,7 @@ class Measurement:
         return [self._full_name(name, cell) for name, cells in self._cell_names.items() for cell in cells]
 
     def _full_name(self, name: str, cell: str) -> str:
-        return f"{name}.{cell}" if len(self._cell_names[name]) > 1 else name
+        return full_name(name, cell, self._cell_names[name])
 
     def metrics(
         self,
@@ -125,7 +94,10 @@ class Measurement:
                 if isinstance(outcome, _NotCalled):
                     self._followed.pop(name, None)
                 samples.update(self._samples(name, outcome, strategy))
-        cells = summarised(samples, strategy)
+        # A process group may be somebody else's: with one rank there is nothing to gather.
+        alone = getattr(strategy, "world_size", 1) == 1
+        device = "cpu" if strategy.root_device.type == "mps" else strategy.root_device
+        cells = summarised(samples, device, gather=not alone)
         if self._error is not None:
             raise self._error
         return cells
@@ -137,10 +109,12 @@ class Measurement:
             if found.module not in modules:
                 self._followed.pop(name, None)
 
-    def _samples(self, name: str, outcome: "_Measured | _NotCalled | _Failed", strategy: Any) -> dict[str, CellSamples]:
+    def _samples(
+        self, name: str, outcome: "MeasuredLayer | _NotCalled | _Failed", strategy: Any
+    ) -> dict[str, CellSamples]:
         """Return what this rank adds to each cell of a layer, nothing where it has nothing."""
         samples = {}
-        if isinstance(outcome, _Measured) and _is_replica(strategy):
+        if isinstance(outcome, MeasuredLayer) and _is_replica(strategy):
             outcome = _NotCalled()
         for index, cell in enumerate(self._cell_names[name]):
             count = self._num_exponents_of(name, index, outcome, strategy)
@@ -149,7 +123,7 @@ class Measurement:
 
     def _outcome(
         self, name: str, module: nn.Module, calls: RecordedCalls | None, error: Exception | None, again: bool
-    ) -> "_Measured | _NotCalled | _Failed":
+    ) -> _Outcome:
         """Measure a layer on this rank."""
         try:
             # On every rank, whatever its batch held: gathering is collective.
@@ -189,31 +163,14 @@ class Measurement:
         self._warn(f"{name} was not called", message)
         return _NotCalled()
 
-    def _measured(self, name: str) -> _Measured:
+    def _measured(self, name: str) -> MeasuredLayer:
         followed = self._followed[name]
         layer, sequences = followed.layer, followed.sequences
         if not followed.holds_copies_only:
             del self._followed[name]
-        warmup = sequences.lengths.div(2, rounding_mode="floor")
-        warmup = warmup.clamp(max=_WARMUP if self._options.warmup is None else self._options.warmup)
-        averaged = int((sequences.lengths - warmup).max())
-        growths = self._growth_of(
-            layer,
-            sequences,
-            num_exponents=self._options.num_exponents,
-            warmup=warmup,
-            qr_interval=self._options.qr_interval,
-            dtype=working_dtype(layer, sequences, self._options.dtype),
-            segments=min(_SEGMENTS, averaged) if len(sequences.lengths) == 1 else 1,
-        )
+        measured = measure_layer(layer, sequences, self._options, self._growth_of)
         self._check_sizes(name, layer.state_sizes)
-        lengths = sequences.lengths if sequences.full_lengths is None else sequences.full_lengths
-        index = _member_of_each(sequences) if len(growths[0][1].steps) == 1 else None
-        if index is None:
-            return _Measured([growth for _, growth in growths], layer.state_sizes, lengths)
-        mean = _summed(lengths, index) / _summed(torch.ones_like(lengths), index)
-        summed = [Growth(_summed(g.total, index, 1), _summed(g.steps, index, 1)) for _, g in growths]
-        return _Measured(summed, layer.state_sizes, mean)
+        return measured
 
     def _check_sizes(self, name: str, sizes: tuple[int, ...]) -> None:
         """Raise unless a layer has the cells that it had at the start, and states as large as the model says."""
@@ -237,38 +194,18 @@ class Measurement:
         if size == 0:
             # It is known from its first call, and another rank may have seen that.
             known = torch.tensor(
-                float(outcome.state_sizes[index] if isinstance(outcome, _Measured) else 0), device=strategy.root_device
+                float(outcome.state_sizes[index] if isinstance(outcome, MeasuredLayer) else 0),
+                device=strategy.root_device,
             )
             size = int(strategy.reduce(known, reduce_op="max")) or (self._options.num_exponents or 1)
         return size if self._options.num_exponents is None else min(self._options.num_exponents, size)
 
 
-def _member_of_each(sequences: Sequences) -> Tensor | None:
-    """Return the number of the member of the batch that each sequence is of; None if all are of one, or all differ.
-
-    The sequences of a member are not independent: together they are one sample.
-    """
-    members = sequences.members
-    if members is None or len(members.unique()) in (1, len(members)):
-        return None
-    return members.unique(return_inverse=True)[1]
-
-
-def _summed(values: Tensor, index: Tensor, axis: int = 0) -> Tensor:
-    """Return the sums over the sequences of each member along an axis."""
-    shape = (*values.shape[:axis], int(index.max()) + 1, *values.shape[axis + 1 :])
-    return values.new_zeros(shape).index_add(axis, index.to(values.device), values)
-
-
-def _samples(outcome: _Measured | _NotCalled | _Failed, index: int, count: int) -> CellSamples:
+def _samples(outcome: _Outcome, index: int, count: int) -> CellSamples:
     """Return what a layer adds to one of its cells."""
-    if isinstance(outcome, _Failed):
-        return CellSamples(torch.full((1, count), math.nan, device="cpu"), torch.full((1,), math.nan, device="cpu"))
-    if isinstance(outcome, _NotCalled):
-        return CellSamples(torch.empty(0, count, device="cpu"), torch.empty(0, device="cpu"))
-    total, steps = outcome.growths[index]
-    segments, lengths = len(steps), outcome.lengths.repeat(len(steps))
-    return CellSamples((total / steps.unsqueeze(-1)).flatten(0, 1), steps.flatten(), segments, lengths)
+    if isinstance(outcome, MeasuredLayer):
+        return outcome.samples(index)
+    return no_samples(count, failed=isinstance(outcome, _Failed))
 
 
 def _is_replica(strategy: Any) -> bool:

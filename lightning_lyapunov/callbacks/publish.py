@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_lyapunov.callbacks.measurement import MAX_REPEATS
-from lightning_lyapunov.callbacks.summaries import CellMetrics
 from lightning_lyapunov.callbacks.warn_once import WarnOnce
 from lightning_lyapunov.confidence import student_t_quantile
+from lightning_lyapunov.measuring.summaries import CellMetrics
 from lightning_lyapunov.reporting.budget import PictureBudget, worst_cells
 from lightning_lyapunov.reporting.history import History
 from lightning_lyapunov.reporting.loggers import log_spectra

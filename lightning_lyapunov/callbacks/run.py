@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_lyapunov.callbacks.guard import guarded
-from lightning_lyapunov.callbacks.measurement import Measurement, Options
+from lightning_lyapunov.callbacks.measurement import Measurement
 from lightning_lyapunov.callbacks.next_step import NextStep
 from lightning_lyapunov.callbacks.overhead import Overhead
 from lightning_lyapunov.callbacks.publish import Publisher
@@ -19,6 +19,7 @@ from lightning_lyapunov.callbacks.schedule import Progress, Schedule, is_asked_f
 from lightning_lyapunov.callbacks.step_recorder import StepRecorder
 from lightning_lyapunov.callbacks.warn_once import WarnOnce
 from lightning_lyapunov.layers.discovery import FoundLayer
+from lightning_lyapunov.measuring.layers import Options
 from lightning_lyapunov.recording.hooks import beside_modes
 from lightning_lyapunov.recording.recorder import Recorder
 from lightning_lyapunov.reporting.history import History

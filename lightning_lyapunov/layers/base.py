@@ -81,6 +81,13 @@ class RecurrentLayer(ABC):
         """Yield each cell with its inputs and its first state."""
 
 
+_FLOATING = {
+    "inputs": "The layer is fed with what is made of token ids: write `model_spectra(model, ids)` for the whole model, "
+    "or pass `embedding(ids)`.",
+    "state": "Write `state.float()`.",
+}
+
+
 def check_tensor(name: str, value: Any, size: int | None = None) -> None:
     """Raise an error that names the argument unless ``value`` is a real tensor whose last dimension is ``size``."""
     if not isinstance(value, Tensor):
@@ -91,7 +98,7 @@ def check_tensor(name: str, value: Any, size: int | None = None) -> None:
     if value.is_complex():
         raise TypeError(f"`{name}` must be real, not {value.dtype}. Write `torch.view_as_real({name}).flatten(-2)`.")
     if not value.is_floating_point():
-        raise TypeError(f"`{name}` must be of a floating point dtype, not {value.dtype}. Write `{name}.float()`.")
+        raise TypeError(f"`{name}` must be of a floating point dtype, not {value.dtype}. {_FLOATING[name]}")
     if size is not None and (value.ndim == 0 or value.shape[-1] != size):
         raise ValueError(
             f"`{name}` must have {size} features in its last dimension, but its shape is {tuple(value.shape)}."

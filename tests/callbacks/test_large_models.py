@@ -2,7 +2,6 @@
 
 import sys
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +10,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from lightning_lyapunov import LyapunovMonitor
-from lightning_lyapunov.callbacks.summaries import CellSamples, CellSummaries, summarised
 from lightning_lyapunov.layers.discovery import find_layers
+from lightning_lyapunov.measuring.summaries import CellSamples, CellSummaries, summarised
 from lightning_lyapunov.metrics import LyapunovSummary
 from lightning_lyapunov.reporting.budget import MAX_PICTURED_CELLS, NUM_WORST_CELLS, PictureBudget, worst_cells
 
@@ -42,7 +41,7 @@ def test_the_metrics_of_many_cells_are_those_of_each_alone():
         "one": random_samples(5, 1),
         "two": random_samples(2, 2),
     }
-    together = summarised(samples, SimpleNamespace(root_device=torch.device("cpu")))
+    together = summarised(samples)
     assert list(together) == list(samples)
     for cell, (spectrum, *rest) in samples.items():
         alone = LyapunovSummary(spectrum.shape[1])

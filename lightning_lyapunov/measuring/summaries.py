@@ -55,23 +55,24 @@ class CellSummaries(LyapunovSummary):
         self.add(spectra, steps, torch.tensor([[cell.segments] for cell in samples], device="cpu"), lengths)
 
 
-def summarised(samples: Mapping[str, CellSamples], strategy: Any) -> CellMetrics:
-    """Return the metrics of each cell over all ranks. Every rank must make this call, with the same cells.
+def summarised(
+    samples: Mapping[str, CellSamples], device: torch.device | str = "cpu", *, gather: bool = False
+) -> CellMetrics:
+    """Return the metrics of each cell.
 
     Cells with as many exponents share one metric: it is gathered once, however many they are.
 
     Args:
-        samples: what this rank adds to each cell.
-        strategy: the trainer's strategy: the device, and whether there are other ranks.
+        samples: what this process adds to each cell.
+        device: where to sum.
+        gather: sum over all processes. Each must then make this call, with the same cells.
     """
-    device = "cpu" if strategy.root_device.type == "mps" else strategy.root_device
-    alone = getattr(strategy, "world_size", 1) == 1  # also where the process group is somebody else's
     groups: dict[int, list[str]] = {}
     for cell, (spectrum, *_) in samples.items():
         groups.setdefault(spectrum.shape[-1], []).append(cell)
     computed: CellMetrics = {}
     for count, cells in groups.items():
-        metrics = CellSummaries(len(cells), count, sync_on_compute=not alone).to(device)
+        metrics = CellSummaries(len(cells), count, sync_on_compute=gather).to(device)
         metrics.update([samples[cell] for cell in cells])
         values = {name: _rows(value.cpu(), len(cells)) for name, value in metrics.compute().items()}
         computed.update({cell: {name: value[i] for name, value in values.items()} for i, cell in enumerate(cells)})

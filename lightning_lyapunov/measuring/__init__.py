@@ -1,0 +1,1 @@
+"""What is measured of the layers of a model, along the calls that were recorded. It knows no trainer."""
