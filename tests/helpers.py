@@ -413,25 +413,13 @@ SCHEDULES = {
 
 # Results of a run
 
-_NUMBERS = (
-    "max",
-    "max_stderr",
-    "mean",
-    "kaplan_yorke_dimension",
-    "kolmogorov_sinai_entropy",
-    "num_positive",
-    "log10_gradient_gain",
-    "memory_steps",
-    "share_near_zero",
-    "num_sequences",
-    "num_steps",
-    "sequence_length",
-)
+_NUMBERS = ("max", "max_stderr", "log10_gradient_gain", "memory_steps", "sequence_length")
 
 
 def keys_of(*cells: str) -> set[str]:
     """Return the keys that are logged of cells of these names."""
     overall = {"lyapunov/max", "lyapunov/max_stderr", "lyapunov/worst_layer"}
+    overall |= {"lyapunov/smallest_max"} if len(cells) > 1 else set()
     return overall | {f"lyapunov/{cell}/{name}" for cell in cells for name in _NUMBERS}
 
 

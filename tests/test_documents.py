@@ -12,6 +12,7 @@ import torch
 from helpers import ROOT, Regressor, fit
 
 from lightning_lyapunov import InstabilityStopping, LyapunovMonitor, lyapunov_spectrum
+from lightning_lyapunov.callbacks.publish import DEFAULT_METRICS, METRICS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGE = (ROOT / "examples" / "reading_the_dashboard.md").read_text(encoding="utf-8")
@@ -63,9 +64,11 @@ def test_the_diff_of_the_readme_is_all_that_a_trainer_needs():
 
 
 def test_the_key_table_of_the_readme_is_what_is_logged():
-    trainer = fit(Regressor(), LyapunovMonitor(strict=True))
+    trainer = fit(Regressor(num_layers=2), LyapunovMonitor(strict=True, metrics="all"))
     logged = {key for key in trainer.callback_metrics if key.startswith("lyapunov/")}
-    assert {key.replace("/rnn/", "/<layer>/") for key in logged} == keys(README)
+    assert {re.sub(r"/rnn\.l\d/", "/<layer>/", key) for key in logged} == keys(README)
+    on_request = set(re.findall(r"/<layer>/(\w+)` \| on request|/<layer>/(\w+)`, ", README))
+    assert {first or second for first, second in on_request} | {"num_steps"} == set(METRICS) - set(DEFAULT_METRICS)
 
 
 def test_the_two_commands_of_the_readme_name_what_exists():

@@ -63,6 +63,15 @@ class Measurement:
         self._error: Exception | None = None
 
     @property
+    def kinds(self) -> dict[str, str]:
+        """The kind of the layer of each cell: ``"RNN"``, ``"LSTM"``, ``"GRU"``, or "" for any other."""
+        return {
+            full_name(name, cell, self._cell_names[name]): self._layers[name].kind
+            for name in self._layers
+            for cell in self._cell_names[name]
+        }
+
+    @property
     def cell_names(self) -> list[str]:
         """The names of all cells, in model order."""
         return [self._full_name(name, cell) for name, cells in self._cell_names.items() for cell in cells]

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from lightning_lyapunov.callbacks.guard import guarded
-from lightning_lyapunov.callbacks.publish import Estimate
+from lightning_lyapunov.callbacks.publish import DEFAULT_METRICS, METRICS, Estimate
 from lightning_lyapunov.callbacks.run import Run
 from lightning_lyapunov.callbacks.saved import Saved
 from lightning_lyapunov.callbacks.trainer_hooks import TrainerHooks
 from lightning_lyapunov.functional import layer_growth
 from lightning_lyapunov.reporting.figure import history_figure
 from lightning_lyapunov.reporting.history import History, save_table
+from lightning_lyapunov.reporting.page import save_page
 
 __all__ = ["LyapunovMonitor"]
 
@@ -52,6 +53,11 @@ class LyapunovMonitor(TrainerHooks):
         log_band: log the 95 % confidence band of the largest exponent of each cell to TensorBoard, too, as
             ``"lyapunov_band/<layer>/lower"`` and ``".../upper"``, for the charts of
             :func:`~lightning_lyapunov.lyapunov_layout`.
+        metrics: which numbers to log of each cell: a list of names, or ``"all"``; None for ``max``, ``max_stderr``,
+            ``log10_gradient_gain``, ``memory_steps`` and ``sequence_length``, the fewest that tell whether it is
+            stable, whether it remembers, and how sure that is. The others are ``mean``, ``kaplan_yorke_dimension``,
+            ``kolmogorov_sinai_entropy``, ``num_positive``, ``share_near_zero``, ``num_sequences`` and ``num_steps``.
+        prog_bar: show the largest exponent in the progress bar, with the name of its layer if there are several.
         strict: raise an error of a measurement, instead of warning once and logging NaN.
         max_overhead: the largest share of the time since the first training batch that measuring may take, such as
             0.01. The first batch is always measured. A due measurement waits until the share allows it, assuming that
@@ -96,6 +102,8 @@ class LyapunovMonitor(TrainerHooks):
         dtype: torch.dtype | None = None,
         log_spectrum: bool = True,
         log_band: bool = False,
+        metrics: Sequence[str] | Literal["all"] | None = None,
+        prog_bar: bool = False,
         strict: bool = False,
         max_overhead: float | None = None,
     ) -> None:
@@ -110,6 +118,7 @@ class LyapunovMonitor(TrainerHooks):
         _check_warmup(warmup, max_steps)
         _check_dtype(dtype)
         _check_share(max_overhead)
+        self.metrics, self.prog_bar = _checked_metrics(metrics), prog_bar
         self.modules = _checked_names(modules)
         self.every_n_epochs = 1 if every_n_epochs is None and every_n_train_steps is None else every_n_epochs
         self.every_n_train_steps = every_n_train_steps
@@ -119,6 +128,7 @@ class LyapunovMonitor(TrainerHooks):
         self.dtype, self.log_spectrum, self.log_band, self.strict = dtype, log_spectrum, log_band, strict
         self.max_overhead = max_overhead
         self.estimates: dict[str, Estimate] = {}
+        self._advice: tuple[str, ...] = ()
         self._history = History()
         self._run: Run | None = None
         self._measured_step: int | None = None
@@ -138,6 +148,30 @@ class LyapunovMonitor(TrainerHooks):
         return self._history.tensors()
 
     # Afterwards
+
+    def advice(self) -> list[str]:
+        """Return what is wrong at the last measurement and what to do, a sentence for each cell that needs it.
+
+        It is logged to TensorBoard, too, as the text ``"lyapunov/advice"``, and said at the end of a fit. Nothing is
+        said of a cell whose 95 % confidence interval does not lie beyond the limit as a whole.
+        """
+        return list(self._advice)
+
+    def report(self, path: str | Path) -> None:
+        """Write one page about the run that needs no network: overview, spectra, advice and settings.
+
+        Args:
+            path: the ``.html`` file.
+
+        Raises:
+            ValueError: if ``path`` does not end in ``.html``, or nothing has been measured.
+        """
+        names = [
+            *("modules", "every_n_epochs", "every_n_train_steps", "num_sequences", "max_steps", "num_exponents"),
+            *("warmup", "qr_interval", "dtype", "max_overhead"),
+        ]
+        settings = {name: getattr(self, name) for name in names}
+        save_page(path, self.history, self.estimates, self.advice(), settings)
 
     def save_history(self, path: str | Path) -> None:
         """Write :attr:`history` to a table: a row for each layer, step and exponent.
@@ -244,6 +278,15 @@ def _check_share(max_overhead: float | None) -> None:
         raise ValueError(
             f"`max_overhead={max_overhead!r}` must be a share of the training time between 0 and 1, such as 0.01."
         )
+
+
+def _checked_metrics(metrics: Sequence[str] | str | None) -> tuple[str, ...]:
+    if metrics is None:
+        return DEFAULT_METRICS
+    names = METRICS if metrics == "all" else (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    if unknown := [name for name in names if name not in METRICS]:
+        raise ValueError(f'`metrics` has no {unknown[0]!r}. Write `metrics="all"`, or some of {", ".join(METRICS)}.')
+    return tuple(name for name in METRICS if name in names)
 
 
 def _checked_names(modules: str | Sequence[str] | None) -> list[str] | None:

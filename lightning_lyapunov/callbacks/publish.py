@@ -1,7 +1,7 @@
 """Where the numbers go: the trainer's metrics, the loggers and the history."""
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -12,13 +12,14 @@ from lightning_lyapunov.callbacks.measurement import MAX_REPEATS
 from lightning_lyapunov.callbacks.warn_once import WarnOnce
 from lightning_lyapunov.confidence import student_t_quantile
 from lightning_lyapunov.measuring.summaries import CellMetrics
+from lightning_lyapunov.reporting.advice import advice_for, headline
 from lightning_lyapunov.reporting.budget import PictureBudget, worst_cells
 from lightning_lyapunov.reporting.history import History
-from lightning_lyapunov.reporting.loggers import log_spectra
+from lightning_lyapunov.reporting.loggers import Overview, log_spectra, takes_numbers_only
 
-__all__ = ["Estimate", "Publisher", "logger_step", "metrics_of"]
+__all__ = ["DEFAULT_METRICS", "METRICS", "Estimate", "Publisher", "logger_step", "metrics_of", "show_in_bar"]
 
-_LOGGED = (
+METRICS = (
     "max",
     "max_stderr",
     "mean",
@@ -32,6 +33,14 @@ _LOGGED = (
     "num_steps",
     "sequence_length",
 )
+"""What can be logged of each cell, by the last part of its key."""
+
+DEFAULT_METRICS = ("max", "max_stderr", "log10_gradient_gain", "memory_steps", "sequence_length")
+"""Is it stable, does it remember, and how sure is this."""
+
+# The overview of a model of more cells shows the worst of them.
+_MAX_LINES = 40
+_LARGEST, _SMALLEST = "lyapunov/max", "lyapunov/smallest_max"
 
 
 class Estimate(NamedTuple):
@@ -81,6 +90,14 @@ def metrics_of(trainer: Any) -> dict[str, Tensor]:
     return connector._callback_metrics if hasattr(connector, "_callback_metrics") else trainer.callback_metrics
 
 
+def show_in_bar(trainer: Any, estimates: Mapping[str, Estimate]) -> None:
+    """Show the largest exponent in the progress bar, with the name of its layer if there are several."""
+    estimate, connector = estimates.get(_LARGEST), trainer._logger_connector
+    if estimate is not None and hasattr(connector, "_progress_bar_metrics"):
+        layer = f" ({estimate.layer})" if _SMALLEST in estimates else ""
+        connector._progress_bar_metrics["λ1"] = f"{estimate.value:+.3f}{layer}"
+
+
 class Publisher:
     """Publish measurements on every rank, and once to each logger.
 
@@ -90,9 +107,13 @@ class Publisher:
         log_spectrum: log pictures and histograms to the loggers that can show them.
         log_band: log the 95 % confidence band of the largest exponent of each cell, too.
         strict: raise what goes wrong in a logger's pictures.
+        metrics: which of :data:`METRICS` to log of each cell.
+        kinds: the kind of layer that each cell is of: ``"RNN"``, ``"LSTM"``, ``"GRU"``, or anything else.
 
     Attributes:
-        estimates: the last measurement of each ``"lyapunov/<layer>/max"``, and of ``"lyapunov/max"``.
+        estimates: the last measurement of each ``"lyapunov/<layer>/max"``, of ``"lyapunov/max"``, and with several
+            cells of ``"lyapunov/smallest_max"``.
+        advice: what to do, a sentence for each cell that needs it.
     """
 
     def __init__(
@@ -103,20 +124,27 @@ class Publisher:
         log_spectrum: bool = True,
         log_band: bool = False,
         strict: bool = False,
+        metrics: Collection[str] = DEFAULT_METRICS,
+        kinds: Mapping[str, str] | None = None,
     ) -> None:
         self._history, self._warn = history, warn
+        self._metrics, self._kinds = metrics, kinds or {}
         self._log_spectrum, self._log_band, self._strict = log_spectrum, log_band, strict
         self._latest: CellMetrics = {}
         self._repeats: dict[str, int] = {}
         self._measured: dict[str, Estimate] = {}
         self.estimates: dict[str, Estimate] = {}
+        self.advice: tuple[str, ...] = ()
+        self._worst: str | None = None
+        self._first: dict[str, Estimate] = {}
         self._budget = PictureBudget()
         self._undrawn: tuple[list[str], int] | None = None
 
     def restore(self, estimates: dict[str, Estimate], cells: Collection[str]) -> None:
         """Go on with the estimates of an earlier run, of those of its cells that there are."""
         kept = {key: estimate for key, estimate in estimates.items() if estimate.layer in cells}
-        self._measured = {key: estimate for key, estimate in kept.items() if key != "lyapunov/max"}
+        self._measured = {key: estimate for key, estimate in kept.items() if key not in (_LARGEST, _SMALLEST)}
+        self._first = {estimate.layer: estimate for estimate in self._measured.values()}
         self.estimates = kept
 
     def publish(self, trainer: Any, cells: CellMetrics, step: int, *, is_extra: bool = False) -> None:
@@ -125,18 +153,11 @@ class Publisher:
         rows: dict[str, tuple[Tensor, Tensor]] = {}
         for cell, metrics in cells.items():
             metrics = self._update(cell, metrics, step, is_extra)
-            scalars.update({f"lyapunov/{cell}/{name}": float(metrics[name]) for name in _LOGGED})
+            scalars.update({f"lyapunov/{cell}/{name}": float(metrics[name]) for name in self._metrics})
             spectrum, stderr = (metrics[name].float().cpu().reshape(-1) for name in ("spectrum", "stderr"))
             rows[cell] = spectrum, stderr
         self._history.append(step, rows)
-        worst = max(self._measured.values(), key=lambda e: (math.isnan(e.value), e.value), default=None)
-        self.estimates = dict(self._measured) if worst is None else {**self._measured, "lyapunov/max": worst}
-        overall = {
-            # Not NaN where a network is not finite: a rule with a threshold finds infinity, and NaN means not measured.
-            "max": math.nan if worst is None else math.inf if math.isnan(worst.value) else worst.value,
-            "max_stderr": math.nan if worst is None else worst.stderr,
-            "worst_layer": math.nan if worst is None else list(cells).index(worst.layer),
-        }
+        overall = self._judge_all(list(cells))
         # Rounded once: loggers get what callbacks get.
         values = torch.tensor([*scalars.values(), *overall.values()], dtype=torch.float32, device="cpu")
         keys = [*scalars, *(f"lyapunov/{name}" for name in overall)]
@@ -144,10 +165,47 @@ class Publisher:
         numbers = dict(zip(keys, values.tolist(), strict=True))
         for logger in trainer.loggers:
             with self._guard(logger, "did not take the numbers"):
-                logger.log_metrics(numbers.copy(), step=step)
+                epoch = {"epoch": float(trainer.current_epoch)} if takes_numbers_only(logger) else {}
+                logger.log_metrics({**epoch, **numbers}, step=step)
         self._undrawn = None
         if self._log_spectrum and trainer.is_global_zero and trainer.loggers:
             self._show(trainer.loggers, list(cells), step, pictures=self._budget.is_due(step))
+
+    def _judge_all(self, cells: list[str]) -> dict[str, float]:
+        """Take note of the worst cells and of the advice; return what is logged of all cells together."""
+        # NaN, of a network that is not finite, is the worst on either side.
+        measured = self._measured.values()
+        largest = max(measured, key=lambda e: (math.isnan(e.value), e.value), default=None)
+        smallest = min(measured, key=lambda e: (not math.isnan(e.value), e.value), default=None)
+        self.estimates = dict(self._measured)
+        if largest is not None and smallest is not None:
+            self.estimates[_LARGEST] = largest
+            if len(cells) > 1:
+                self.estimates[_SMALLEST] = smallest
+        self._worst = self._named(largest)
+        for estimate in measured:
+            self._first.setdefault(estimate.layer, estimate)
+        sentences = [advice_for(e, self._kinds.get(e.layer, ""), self._first[e.layer]) for e in measured]
+        self.advice = tuple(sentence for sentence in sentences if sentence)
+        # Not NaN where a network is not finite: a rule with a threshold finds infinity, and NaN means not measured.
+        overall = {
+            "max": math.nan if largest is None else math.inf if math.isnan(largest.value) else largest.value,
+            "max_stderr": math.nan if largest is None else largest.stderr,
+            "worst_layer": math.nan if self._worst is None else cells.index(self._worst),
+        }
+        if len(cells) > 1:
+            overall["smallest_max"] = math.nan if smallest is None else smallest.value
+        return overall
+
+    def _named(self, largest: Estimate | None) -> str | None:
+        """Return the cell to name as the worst: the one of before, unless another is above it beyond their errors."""
+        before = self._measured.get(f"lyapunov/{self._worst}/max")
+        if largest is None or before is None or math.isnan(largest.value):
+            return None if largest is None else largest.layer
+        margins = [
+            student_t_quantile(0.975, estimate.num_sequences - 1) * estimate.stderr for estimate in (largest, before)
+        ]
+        return before.layer if largest.value - before.value <= math.hypot(*margins) else largest.layer
 
     def finish(self, trainer: Any) -> None:
         """Draw the last measurement of a run, if its pictures were left out."""
@@ -177,12 +235,13 @@ class Publisher:
         if not pictures:
             self._undrawn = cells, step
         drawn = worst_cells(cells, {e.layer: e.value for e in self._measured.values()})
-        worst = self.estimates.get("lyapunov/max")
-        history = self._history.tensors(cells if self._log_band else drawn, last_only=not pictures)
+        shown = cells if self._log_band or len(cells) <= _MAX_LINES else sorted({*drawn, *filter(None, [self._worst])})
+        history = self._history.tensors(shown, last_only=not pictures)
         options: dict[str, Any] = {
             "quantiles": {e.layer: student_t_quantile(0.975, e.num_sequences - 1) for e in self.estimates.values()},
             "band": self._log_band,
-            "worst": None if worst is None else worst.layer,
+            "overview": self._overview(),
+            "lengths": {e.layer: e.length for e in self._measured.values()},
             "drawn": drawn,
             "numbers": numbers,
             "pictures": pictures,
@@ -192,6 +251,12 @@ class Publisher:
                 if not log_spectra(logger, history, step, **options):
                     name = type(logger).__name__
                     self._warn(f"{type(logger)} is not known", f"{name} is not known to take pictures of the spectrum.")
+
+    def _overview(self) -> Overview | None:
+        if self._worst is None:
+            return None
+        sentence, tone = headline(self._measured[f"lyapunov/{self._worst}/max"])
+        return Overview(self._worst, sentence, tone, self.advice)
 
     @contextmanager
     def _guard(self, logger: Any, problem: str) -> Iterator[None]:

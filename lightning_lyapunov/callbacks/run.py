@@ -89,12 +89,14 @@ class Run:
         warn, overhead = WarnOnce(), Overhead(trainer.strategy.root_device)
         limits = monitor.num_sequences, monitor.max_steps
         how = monitor.num_exponents, monitor.warmup, monitor.qr_interval, monitor.dtype, monitor.strict
-        logged = {"log_spectrum": monitor.log_spectrum, "log_band": monitor.log_band, "strict": monitor.strict}
+        measurement = Measurement(layers, Options(*limits, *how), warn, monitor.growth_of)
+        options = ("log_spectrum", "log_band", "metrics", "strict")
+        logged = {name: getattr(monitor, name) for name in options} | {"kinds": measurement.kinds}
         run = cls(
             trainer=weakref.ref(trainer),
             recorder=StepRecorder(pl_module, layers, *limits),
             schedule=_schedule(monitor, trainer, pl_module, overhead),
-            measurement=Measurement(layers, Options(*limits, *how), warn, monitor.growth_of),
+            measurement=measurement,
             publisher=Publisher(history, warn, **logged),
             overhead=overhead,
             warn=warn,
@@ -212,6 +214,12 @@ class Run:
         self.next_step = None
         self.recorder.stop()
         self.recorder.forget()
+
+    def finish(self, trainer: Any) -> None:
+        """Draw what was left out, and say at the end of a fit what to do."""
+        self.publisher.finish(trainer)
+        if trainer.state.fn == "fit" and trainer.is_global_zero and self.publisher.advice:
+            _LOG.info("\n".join(("Lyapunov exponents at the end of the fit:", *self.publisher.advice)))
 
     def _give_up(self, hook: str, error: Exception) -> None:
         """Record no more in this batch, and warn."""

@@ -17,7 +17,8 @@ __all__ = ["InstabilityStopping"]
 _DECADES = 2.0
 # The keys that can be watched: those of a largest exponent, and of the gain that it makes of one layer.
 _ALL, _GAIN = "lyapunov/max", "log10_gradient_gain"
-_WATCHABLE = rf"lyapunov/(max|.+/(max|{_GAIN}))"
+_SMALLEST = "lyapunov/smallest_max"
+_WATCHABLE = rf"lyapunov/(max|smallest_max|.+/(max|{_GAIN}))"
 # After so many due measurements that `max_overhead` postponed, the rule says that it has nothing to judge.
 _MANY_POSTPONED = 10
 
@@ -51,7 +52,8 @@ class InstabilityStopping(EarlyStopping, AnyCallback):  # type: ignore[misc]
             one task left out at a time: twice the gain that no better run of the others exceeded (1.4 to 2.1).
         patience: how many measurements in a row must be above the threshold.
         confidence: the confidence of the bounds, from 0.5 to 1.
-        monitor: what to watch: ``"lyapunov/max"``, for the layer that is worst, or of one layer
+        monitor: what to watch: ``"lyapunov/max"``, for the layer that grows most; ``"lyapunov/smallest_max"``, for the
+            one of several that forgets most; or of one layer
             ``"lyapunov/<layer>/max"`` or ``"lyapunov/<layer>/log10_gradient_gain"``.
         lower_threshold: stop, too, when the upper confidence bound has been below this value for ``patience``
             measurements, in the unit of ``threshold``; None for no such rule.
@@ -194,7 +196,7 @@ class InstabilityStopping(EarlyStopping, AnyCallback):  # type: ignore[misc]
         if self.monitor != _ALL or self.decades is None:
             return estimates.get(re.sub(f"/{_GAIN}$", "/max", self.monitor))
         # The largest gain need not be that of the largest exponent: layers may be called with unlike lengths.
-        layers = [estimate for key, estimate in estimates.items() if key != _ALL]
+        layers = [estimate for key, estimate in estimates.items() if key not in (_ALL, _SMALLEST)]
         return max(layers, key=lambda e: (math.isnan(e.value), e.log10_gradient_gain), default=None)
 
     def _judge(self, estimate: Estimate) -> str:

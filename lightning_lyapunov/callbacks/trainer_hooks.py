@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning_lyapunov.callbacks.guard import guarded
 from lightning_lyapunov.callbacks.host import AnyCallback
-from lightning_lyapunov.callbacks.publish import Estimate, logger_step
+from lightning_lyapunov.callbacks.publish import Estimate, logger_step, show_in_bar
 from lightning_lyapunov.callbacks.ranks import left_out
 from lightning_lyapunov.callbacks.run import Run, failure_message
 from lightning_lyapunov.callbacks.saved import Saved
@@ -22,11 +22,14 @@ class TrainerHooks(AnyCallback):  # type: ignore[misc]
 
     Attributes:
         modules: the names of the layers to watch; None for every recurrent layer.
+        prog_bar: whether to show the largest exponent in the progress bar.
         estimates: the last measurement.
     """
 
     modules: str | Sequence[str] | None
     estimates: dict[str, Estimate]
+    prog_bar: bool
+    _advice: tuple[str, ...]
     _history: History
     _run: Run | None
     _measured_step: int | None
@@ -43,6 +46,8 @@ class TrainerHooks(AnyCallback):  # type: ignore[misc]
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Let the training step be recorded, if a measurement is due after it. Guarded."""
         run = self._run_of(trainer)
+        if run and self.prog_bar:  # Lightning empties the bar at the start of an epoch
+            show_in_bar(trainer, self.estimates)
         if run and run.start_batch(trainer, _progress(trainer)):
             run.record(trainer.strategy, "training_step")
 
@@ -52,7 +57,9 @@ class TrainerHooks(AnyCallback):  # type: ignore[misc]
         if run := self._run_of(trainer):
             with run.recorded():
                 run.end_batch(trainer, _progress(trainer), logger_step(trainer))
-                self.estimates = run.publisher.estimates
+                self._take(run)
+                if self.prog_bar:
+                    show_in_bar(trainer, self.estimates)
 
     @guarded()
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -63,7 +70,7 @@ class TrainerHooks(AnyCallback):  # type: ignore[misc]
                 # No batch was recorded for it: the sequences of the last measurement serve again.
                 run.measurement.forget_all_but(pl_module)
                 run.measure(trainer, logger_step(trainer, epoch_ended=True), again=True)
-                self.estimates = run.publisher.estimates
+                self._take(run)
 
     # `trainer.validate` and `trainer.test`: once, at the first batch, or where the other ranks wait for one without.
 
@@ -92,7 +99,7 @@ class TrainerHooks(AnyCallback):  # type: ignore[misc]
         if trainer.state.fn != "fit" and run and run.next_step is not None:
             with run.recorded():
                 run.measure(trainer, logger_step(trainer))
-                self.estimates = run.publisher.estimates
+                self._take(run)
 
     @guarded()
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -100,7 +107,7 @@ class TrainerHooks(AnyCallback):  # type: ignore[misc]
         run = self._run_of(trainer)
         if trainer.state.fn != "fit" and run:
             run.join(trainer, logger_step(trainer))
-            self.estimates = run.publisher.estimates
+            self._take(run)
 
     on_test_batch_start = on_validation_batch_start
     on_test_batch_end = on_validation_batch_end
@@ -120,6 +127,10 @@ class TrainerHooks(AnyCallback):  # type: ignore[misc]
                 run.join(trainer, logger_step(trainer))
         self._end_run(trainer)
 
+    def _take(self, run: Run) -> None:
+        """Keep what was published last."""
+        self.estimates, self._advice = run.publisher.estimates, run.publisher.advice
+
     def _give_up(self, hook: str, error: Exception) -> None:
         run = self._run
         run._give_up(hook, error) if run else WarnOnce()(hook, failure_message(hook, error))
@@ -135,7 +146,7 @@ class TrainerHooks(AnyCallback):  # type: ignore[misc]
         if run := self._run_of(trainer):
             run.stop()
             self._measured_step, self._loaded, self._run = run.last_step, None, None
-            run.publisher.finish(trainer)
+            run.finish(trainer)
 
 
 def _progress(trainer: Any) -> Progress:

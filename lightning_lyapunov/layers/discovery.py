@@ -30,6 +30,12 @@ class FoundLayer(NamedTuple):
         return ("",) if closed is None else closed.cell_names
 
     @property
+    def kind(self) -> str:
+        """``"RNN"``, ``"LSTM"`` or ``"GRU"`` for one of torch's, "" for any other."""
+        kinds = {"RNN": (nn.RNN, nn.RNNCell), "LSTM": (nn.LSTM, nn.LSTMCell), "GRU": (nn.GRU, nn.GRUCell)}
+        return next((kind for kind, classes in kinds.items() if isinstance(self.module, classes)), "")
+
+    @property
     def state_sizes(self) -> tuple[int, ...]:
         """The components of the state of each cell; 0 where they are known only after a call."""
         closed = None if registered(self.module) else as_closed_form(self.module)

@@ -1,23 +1,45 @@
 """Which logger takes what: pictures, histograms and charts of a spectrum."""
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_lyapunov.reporting.pictures import current_spectrum_picture, resolved, spectrum_picture
+from lightning_lyapunov.reporting.canvas import resolved
+from lightning_lyapunov.reporting.overview import overview_picture
+from lightning_lyapunov.reporting.pictures import current_spectrum_picture, spectrum_picture
 from lightning_lyapunov.reporting.room import check_room
 
-__all__ = ["log_spectra", "lyapunov_layout"]
+__all__ = ["Overview", "log_spectra", "lyapunov_layout", "takes_numbers_only"]
+
+# TensorBoard orders by name, and an underscore comes before letters.
+_OVERVIEW = "lyapunov/_overview"
 
 _PictureCall: TypeAlias = Callable[[str, NDArray[np.uint8], int], Any]
 
 # The quantile of the normal distribution, used where the number of sequences is not known.
 _QUANTILE = 1.96
+
+
+class Overview(NamedTuple):
+    """What the overview says of a measurement.
+
+    Attributes:
+        worst: the cell to name.
+        sentence: what the measurement means, in a few words.
+        tone: ``"grows"``, ``"forgets"`` or "".
+        advice: what to do, a sentence for each cell that needs it.
+    """
+
+    worst: str
+    sentence: str
+    tone: str = ""
+    advice: tuple[str, ...] = ()
 
 
 def log_spectra(
@@ -27,12 +49,13 @@ def log_spectra(
     *,
     quantiles: Mapping[str, float] | None = None,
     band: bool = False,
-    worst: str | None = None,
+    overview: Overview | None = None,
+    lengths: Mapping[str, float] | None = None,
     drawn: Collection[str] | None = None,
     numbers: bool = True,
     pictures: bool = True,
 ) -> bool:
-    """Send two pictures of each layer, its last spectrum and all of them, to a logger that takes pictures.
+    """Send the overview and two pictures of each layer, its last spectrum and all of them, to a logger of pictures.
 
     TensorBoard gets the last spectrum as a histogram, too. Loggers are told by what they can do, because two packages
     have classes of the same name. The ``prefix`` of a logger stands before these tags, as before those of the scalars.
@@ -46,8 +69,10 @@ def log_spectra(
             1.96, that of many sequences, for those not named.
         band: log the 95 % confidence band of the largest exponent as scalars, too, where a logger takes them by
             ``add_scalar``: ``"lyapunov_band/<layer>/lower"`` and ``".../upper"``. See :func:`lyapunov_layout`.
-        worst: the layer to name as text, ``"lyapunov/worst_layer"``, where a logger takes it by ``add_text``.
-        drawn: the layers that get pictures and a histogram; None for all of ``history``.
+        overview: what the overview says; the worst layer and the advice are sent as text, ``"lyapunov/worst_layer"``
+            and ``"lyapunov/advice"``, where a logger takes it by ``add_text``. None for no overview.
+        lengths: for each layer the steps of its sequences, if they are known.
+        drawn: the layers that get pictures and a histogram of their own; None for all of ``history``.
         numbers: send the text, histograms and bands.
         pictures: send the pictures.
 
@@ -60,24 +85,43 @@ def log_spectra(
     show = _picture_call(logger)
     layers = history if drawn is None else drawn
     if show:
-        check_room(logger, len(layers))
-    if numbers and worst is not None and hasattr(getattr(logger, "experiment", None), "add_text"):
-        logger.experiment.add_text(f"{_prefix_of(logger)}lyapunov/worst_layer", f"`{worst}`", step)
+        check_room(logger, len(layers) + (overview is not None))
+    if numbers and overview is not None:
+        _add_texts(logger, overview, step)
+    if pictures and show and overview is not None:
+        worst, sentence, tone, _ = overview
+        options = {"quantile": (quantiles or {}).get(worst, _QUANTILE), "length": (lengths or {}).get(worst, math.nan)}
+        arrays = {name: {key: values.numpy() for key, values in one.items()} for name, one in history.items()}
+        show(_OVERVIEW, overview_picture(arrays, worst, sentence, tone=tone, **options), step)
     for layer, measurements in history.items():
         half_width = (quantiles or {}).get(layer, _QUANTILE) * measurements["stderr"][-1].numpy()
         is_drawn = layer in layers
         if numbers:
             _add_numbers(logger, layer, measurements["spectrum"][-1].numpy(), half_width, step, band, is_drawn)
         if pictures and show and is_drawn:
-            _draw(show, layer, measurements, half_width, step)
-    return show is not None or _takes_numbers_only(logger)
+            _draw(show, layer, measurements, half_width, step, (lengths or {}).get(layer, math.nan))
+    return show is not None or takes_numbers_only(logger)
+
+
+def _add_texts(logger: Any, overview: Overview, step: int) -> None:
+    experiment: Any = getattr(logger, "experiment", None)
+    prefix = _prefix_of(logger)
+    if hasattr(experiment, "add_text"):
+        experiment.add_text(f"{prefix}lyapunov/worst_layer", f"`{overview.worst}`", step)
+        if overview.advice:
+            experiment.add_text(f"{prefix}lyapunov/advice", "\n\n".join(overview.advice), step)
 
 
 def _draw(
-    show: _PictureCall, layer: str, measurements: Mapping[str, Tensor], half_width: NDArray[Any], step: int
+    show: _PictureCall,
+    layer: str,
+    measurements: Mapping[str, Tensor],
+    half_width: NDArray[Any],
+    step: int,
+    length: float,
 ) -> None:
     spectra, title = measurements["spectrum"].numpy(), f"Lyapunov exponents of {layer}"
-    over_training = spectrum_picture(measurements["step"].numpy(), spectra, title)
+    over_training = spectrum_picture(measurements["step"].numpy(), spectra, title, length)
     show(f"lyapunov/{layer}/spectrum_over_training", over_training, step)
     now = current_spectrum_picture(spectra[-1], half_width, f"{title}, 95 % band")
     show(f"lyapunov/{layer}/spectrum_now", now, step)
@@ -181,5 +225,6 @@ def _add_to_mlflow(log_image: Callable[..., Any], run_id: str, tag: str, picture
         log_image(run_id, picture, f"{key}/{step:08d}.png")
 
 
-def _takes_numbers_only(logger: Any) -> bool:
+def takes_numbers_only(logger: Any) -> bool:
+    """Return whether a logger writes a table of numbers and nothing else."""
     return hasattr(getattr(logger, "experiment", None), "metrics_file_path")  # CSV

@@ -221,7 +221,7 @@ def test_a_batch_of_one_sequence_has_an_error_too():
 )
 def test_memory_is_resolved_up_to_the_window(rate, memory, share, batch_size):
     data = series(batch_size=batch_size, time=12)
-    values = published(fit(Dial([rate]), LyapunovMonitor(warmup=4), max_epochs=1, data=data))
+    values = published(fit(Dial([rate]), LyapunovMonitor(warmup=4, metrics="all"), max_epochs=1, data=data))
     assert values["lyapunov/rnn/memory_steps"].item() == pytest.approx(memory, rel=1e-5)
     assert values["lyapunov/rnn/share_near_zero"] == share
 

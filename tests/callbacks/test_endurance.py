@@ -31,7 +31,7 @@ from torch import nn
 
 from lightning_lyapunov import LyapunovMonitor
 from lightning_lyapunov.callbacks.next_step import NextStep
-from lightning_lyapunov.callbacks.publish import _LOGGED
+from lightning_lyapunov.callbacks.publish import METRICS
 from lightning_lyapunov.callbacks.run import Run
 from lightning_lyapunov.recording.hooks import add_hooks, remove_hooks
 from lightning_lyapunov.recording.recorder import Recorder
@@ -116,7 +116,7 @@ def test_a_hundred_thousand_measurements_are_kept_and_logged_without_anything_pi
     total = 100_000
 
     def made_up(step):
-        numbers = dict.fromkeys(_LOGGED, torch.tensor(-float(step)))
+        numbers = dict.fromkeys(METRICS, torch.tensor(-float(step)))
         spectrum = torch.tensor([-float(step), -1e6])
         return {**numbers, "spectrum": spectrum, "stderr": spectrum.abs(), "num_sequences": torch.tensor(4)}
 

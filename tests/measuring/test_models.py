@@ -51,7 +51,7 @@ class Drawing(nn.Module):
 )
 def test_the_values_are_those_that_a_monitor_logs(make):
     model, names = make(), "rnn" if isinstance(make(), CellModel) else None
-    monitor = LyapunovMonitor(names, strict=True)
+    monitor = LyapunovMonitor(names, metrics="all", strict=True)
     trainer = make_trainer(monitor)
     trainer.validate(model, series(1), verbose=False)
     spectra = model_spectra(model, next(iter(series(1)))[0], modules=names)

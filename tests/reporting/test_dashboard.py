@@ -13,7 +13,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_lyapunov import EXPONENT_FLOOR
-from lightning_lyapunov.reporting.loggers import log_spectra, lyapunov_layout
+from lightning_lyapunov.reporting.loggers import Overview, log_spectra, lyapunov_layout
 from lightning_lyapunov.reporting.pictures import current_spectrum_picture, spectrum_picture
 
 WHITE, RED, BLUE = [255, 255, 255], [178, 24, 43], [33, 84, 163]
@@ -201,12 +201,12 @@ def test_the_layout_shows_the_band_that_is_logged():
 @pytest.mark.parametrize("prefix", ["", "mine"])
 def test_all_that_the_layout_names_was_logged_with_the_prefix_of_the_logger(prefix, tmp_path):
     logger = TensorBoardLogger(tmp_path, prefix=prefix)
-    log_spectra(logger, history([0.5, -1.0]), 3, band=True, worst="lstm")
+    log_spectra(logger, history([0.5, -1.0]), 3, band=True, overview=Overview("lstm", "stable"))
     logger.log_metrics({"lyapunov/lstm/max": 0.5, "lyapunov/lstm/max_stderr": 0.1}, step=3)
     logger.finalize("success")
     tags = EventAccumulator(logger.log_dir).Reload().Tags()
     logged = [*tags["scalars"], *tags["histograms"], *tags["images"], *tags["tensors"]]
-    assert len(logged) == 8
+    assert len(logged) == 9
     assert all(tag.startswith("mine-lyapunov" if prefix else "lyapunov") for tag in logged)
     (charts,) = lyapunov_layout(["lstm"], band=True, prefix=prefix).values()
     assert len(charts) == 3
@@ -301,7 +301,7 @@ def test_the_band_is_of_the_largest_exponent(quantiles, quantile):
 @pytest.mark.parametrize(("worst", "texts"), [("lstm", {"lyapunov/worst_layer": ("`lstm`", 7)}), (None, {})])
 def test_the_worst_layer_is_named(worst, texts):
     experiment = Experiment()
-    log_spectra(SimpleNamespace(experiment=experiment), history([0.5]), 7, worst=worst)
+    log_spectra(SimpleNamespace(experiment=experiment), history([0.5]), 7, overview=worst and Overview(worst, "stable"))
     assert experiment.texts == texts
 
 

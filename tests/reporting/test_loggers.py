@@ -14,6 +14,7 @@ from lightning_lyapunov import LyapunovMonitor
 
 KEYS = keys_of("rnn")
 SPECTRUM = "lyapunov/rnn/spectrum"
+OVERVIEW = "lyapunov/_overview"
 PICTURE, NOW = "lyapunov/rnn/spectrum_over_training", "lyapunov/rnn/spectrum_now"
 
 
@@ -100,7 +101,7 @@ def test_our_schedule_is_not_that_of_the_trainer():
 def test_every_measurement_is_shown_once():
     logger = Showing()
     fit(Regressor(), LyapunovMonitor(), logger=logger)
-    assert logger.shown == [(tag, step) for step in (0, 2, 5) for tag in (SPECTRUM, PICTURE, NOW)]
+    assert logger.shown == [(tag, step) for step in (0, 2, 5) for tag in (OVERVIEW, SPECTRUM, PICTURE, NOW)]
 
 
 def test_nothing_is_shown_on_request():
@@ -131,7 +132,7 @@ def test_tensorboard_shows_scalars_histograms_and_a_picture(tmp_path):
     tags = events.Tags()
     assert {tag for tag in tags["scalars"] if "lyapunov" in tag} == KEYS
     assert tags["histograms"] == [SPECTRUM]
-    assert tags["images"] == [PICTURE, NOW]
+    assert tags["images"] == [OVERVIEW, PICTURE, NOW]
     for kept in (events.Scalars("lyapunov/max"), events.Histograms(SPECTRUM), events.Images(PICTURE)):
         assert [event.step for event in kept] == monitor.history["rnn"]["step"].tolist() == [0, 2, 5]
 
@@ -180,7 +181,7 @@ def test_tensorboard_takes_a_network_that_is_not_finite(tmp_path):
 def test_each_cell_has_its_picture(tmp_path):
     trainer = fit(Regressor(num_layers=2), LyapunovMonitor(), logger=TensorBoardLogger(tmp_path))
     events = EventAccumulator(trainer.log_dir).Reload()
-    assert events.Tags()["images"] == [
+    assert events.Tags()["images"] == [OVERVIEW] + [
         f"lyapunov/rnn.{cell}/{name}" for cell in ("l0", "l1") for name in ("spectrum_over_training", "spectrum_now")
     ]
 

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_lyapunov import LyapunovMonitor
 
-PICTURES = {"lyapunov/rnn/spectrum_over_training", "lyapunov/rnn/spectrum_now"}
+PICTURES = {"lyapunov/_overview", "lyapunov/rnn/spectrum_over_training", "lyapunov/rnn/spectrum_now"}
 STEPS = [0, 2, 5]
 
 
