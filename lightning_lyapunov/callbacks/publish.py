@@ -173,10 +173,10 @@ class Publisher:
 
     def _judge_all(self, cells: list[str]) -> dict[str, float]:
         """Take note of the worst cells and of the advice; return what is logged of all cells together."""
-        # NaN, of a network that is not finite, is the worst on either side.
+        # NaN, of a network that is not finite, counts as growth.
         measured = self._measured.values()
         largest = max(measured, key=lambda e: (math.isnan(e.value), e.value), default=None)
-        smallest = min(measured, key=lambda e: (not math.isnan(e.value), e.value), default=None)
+        smallest = min(measured, key=lambda e: (math.isnan(e.value), e.value), default=None)
         self.estimates = dict(self._measured)
         if largest is not None and smallest is not None:
             self.estimates[_LARGEST] = largest
