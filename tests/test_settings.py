@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from lightning_lyapunov import jacobians, lyapunov_spectrum
+from lightning_lyapunov import jacobians, lyapunov_spectrum, model_spectra
 
 LAYERS = {
     "GRU, two layers": lambda: nn.GRU(3, 5, 2),
@@ -54,16 +54,45 @@ SETTINGS = {
 
 @layers
 @pytest.mark.parametrize("changed", SETTINGS.values(), ids=SETTINGS)
-def test_a_setting_of_the_process_changes_no_number(make, changed):
-    module, inputs = make(), torch.randn(40, 4, 3)
+def test_a_setting_of_the_process_changes_no_number(make, changed, device):
+    module, inputs = make().to(device), torch.randn(40, 4, 3, device=device)
     expected = lyapunov_spectrum(module, inputs, warmup=10)
     with changed():
         spectrum = lyapunov_spectrum(module, inputs, warmup=10)
     assert_close(spectrum, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("changed", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("make", [lambda: nn.LSTM(3, 5, 2), lambda: OwnLayer(3, 5)], ids=["LSTM", "own layer"])
+def test_a_setting_of_the_process_changes_no_number_that_a_model_is_recorded_for(make, changed, device):
+    torch.manual_seed(0)
+    model, inputs = nn.ModuleDict({"rnn": make()}).to(device), torch.randn(40, 4, 3, device=device)
+    model.forward = lambda inputs: model["rnn"](inputs)[0]
+    expected = model_spectra(model, inputs, modules="rnn")
+    is_coarse = changed is SETTINGS["autocast"]  # the states that the model starts from, and its inputs, are then other
+    with changed():
+        spectra = model_spectra(model, inputs, modules="rnn")
+    for cell, found in spectra.items():
+        assert_close(found.spectrum, expected[cell].spectrum, rtol=0, atol=1e-2 if is_coarse else 0)
+
+
+class OwnLayer(nn.Module):
+    """A layer whose state is made on the device and in the dtype of its inputs."""
+
+    def __init__(self, inputs, hidden):
+        super().__init__()
+        self.cell = nn.GRUCell(inputs, hidden)
+
+    def forward(self, sequence):
+        state, outputs = sequence.new_zeros(sequence.shape[1], self.cell.hidden_size), []
+        for inputs in sequence:
+            state = torch.tanh(2 * self.cell(inputs, state))
+            outputs.append(state)
+        return torch.stack(outputs), state
+
+
 @pytest.mark.parametrize("precision", ["high", "medium"])
-def test_products_are_in_full_float32_while_a_spectrum_is_computed(precision):
+def test_products_are_in_full_float32_while_a_spectrum_is_computed(precision, device):
     seen = set()
 
     def step(state, inputs):
@@ -71,8 +100,9 @@ def test_products_are_in_full_float32_while_a_spectrum_is_computed(precision):
         return torch.tanh(1.5 * state)
 
     with matmul(precision):
-        lyapunov_spectrum(step, torch.zeros(5, 1, 0), torch.ones(1, 3))
-        jacobians(step, torch.zeros(5, 1, 0), torch.ones(1, 3))
+        inputs, state = torch.zeros(5, 1, 0, device=device), torch.ones(1, 3, device=device)
+        lyapunov_spectrum(step, inputs, state)
+        jacobians(step, inputs, state)
     assert seen == {("highest", False)}
 
 

@@ -71,11 +71,12 @@ def summarised(
     for cell, (spectrum, *_) in samples.items():
         groups.setdefault(spectrum.shape[-1], []).append(cell)
     computed: CellMetrics = {}
-    for count, cells in groups.items():
-        metrics = CellSummaries(len(cells), count, sync_on_compute=gather).to(device)
-        metrics.update([samples[cell] for cell in cells])
-        values = {name: _rows(value.cpu(), len(cells)) for name, value in metrics.compute().items()}
-        computed.update({cell: {name: value[i] for name, value in values.items()} for i, cell in enumerate(cells)})
+    with torch.device(device):  # torchmetrics makes its states on the default device, which may be another one
+        for count, cells in groups.items():
+            metrics = CellSummaries(len(cells), count, sync_on_compute=gather).to(device)
+            metrics.update([samples[cell] for cell in cells])
+            values = {name: _rows(value.cpu(), len(cells)) for name, value in metrics.compute().items()}
+            computed.update({cell: {name: value[i] for name, value in values.items()} for i, cell in enumerate(cells)})
     return {cell: computed[cell] for cell in samples}
 
 

@@ -48,3 +48,12 @@ def test_a_dead_vector_takes_nothing_from_those_behind_it(dead):
         assert alive_after[0].tolist() == [j != dead for j in range(4)]
         assert alive_after[1].all()
         assert finite.all()
+
+
+@given(st.integers(1, 4), st.integers(1, 9), st.data())
+def test_the_order_of_the_rows_is_the_same_on_a_gpu(batch, rows, data):
+    """By permutation matrices there, because reading the pivots would wait for the device."""
+    vectors = randn(batch, rows, data.draw(st.integers(1, rows)))
+    pivots = torch.linalg.lu_factor_ex(vectors).pivots
+    expected = orthonormalise._rows_after_pivoting(pivots, rows)
+    assert torch.equal(orthonormalise._rows_by_matrices(pivots, rows), expected)
