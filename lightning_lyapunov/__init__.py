@@ -11,6 +11,7 @@ The names that matter:
 - :func:`model_spectra`: those of the recurrent layers of any model, from one call of it, without a trainer.
 - :func:`lyapunov_init_`: move the leading exponents of a module to zero, so that gradients neither vanish nor explode.
 - :func:`jacobians`: the Jacobian of the state after each step by the state before it.
+- :func:`covariant_lyapunov_vectors`: the directions that grow at the rates of the exponents.
 - :func:`register_layer`: how to step a recurrent layer of your own.
 - :func:`kaplan_yorke_dimension` and :func:`kolmogorov_sinai_entropy`: numbers read off a spectrum.
 - :class:`LyapunovSpectrum` and :func:`lyapunov_metrics`: the same as torchmetrics, over many sequences.
@@ -19,6 +20,7 @@ The names that matter:
 
 from lightning_lyapunov.callbacks.monitor import LyapunovMonitor
 from lightning_lyapunov.callbacks.stopping import InstabilityStopping
+from lightning_lyapunov.covariant import CovariantVectors, covariant_lyapunov_vectors
 from lightning_lyapunov.functional import jacobians, lyapunov_spectrum
 from lightning_lyapunov.initialisation import FlossingResult, lyapunov_init_
 from lightning_lyapunov.invariants import kaplan_yorke_dimension, kolmogorov_sinai_entropy
@@ -48,6 +50,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EXPONENT_FLOOR",
     "CellSpectrum",
+    "CovariantVectors",
     "FlossingResult",
     "InstabilityStopping",
     "KaplanYorkeDimension",
@@ -65,6 +68,7 @@ __all__ = [
     "SequenceLength",
     "ShareNearZero",
     "__version__",
+    "covariant_lyapunov_vectors",
     "jacobians",
     "kaplan_yorke_dimension",
     "kolmogorov_sinai_entropy",

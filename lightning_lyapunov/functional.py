@@ -20,10 +20,12 @@ from lightning_lyapunov.layers.torch_nn import CellLayer, StackedLayer
 from lightning_lyapunov.recording.reading import check_closed_form
 
 __all__ = [
+    "as_one_cell",
     "differentiable_layer_growth",
     "is_count",
     "jacobians",
     "layer_growth",
+    "layer_of",
     "lyapunov_spectrum",
     "read_arguments",
     "working_dtype",
@@ -95,7 +97,7 @@ def lyapunov_spectrum(
         >>> lyapunov_spectrum(lambda s, x: s @ rotation.T, inputs, state).abs().round(decimals=6)
         tensor([[0., 0.]], dtype=torch.float64)
     """
-    with plain_arithmetic(keep_graph=differentiable), gathered(_layer(dynamics).module):
+    with plain_arithmetic(keep_graph=differentiable), gathered(layer_of(dynamics).module):
         options: dict[str, Any] = {"num_exponents": num_exponents, "warmup": warmup, "qr_interval": qr_interval}
         layer, sequences, dtype, count = read_arguments(dynamics, inputs, state, dtype=dtype, **options)
         options["num_exponents"] = count
@@ -191,30 +193,18 @@ def jacobians(
         ValueError: as in :func:`lyapunov_spectrum`, and for a bidirectional module, whose directions share no step.
         TypeError: as in :func:`lyapunov_spectrum`.
     """
-    layer = _layer(dynamics)
-    if any(name.endswith("_reverse") for name in layer.cell_names):
-        raise ValueError(
-            "`dynamics` is bidirectional: its two directions share no step. Pass each direction by itself."
-        )
+    layer = layer_of(dynamics)
     with plain_arithmetic(), gathered(layer.module):
         layer = _checked(layer, inputs, state)
         sequences, _ = _read(layer, inputs, state, None)
-        cells = list(layer.drive(sequences))
-
-        def step(states: Tensor, step_inputs: Tensor) -> Tensor:
-            after: list[Tensor] = []
-            for driven, before in zip(cells, states.split(layer.state_sizes, -1), strict=True):
-                after.append(driven.recurrence.step(before, step_inputs))
-                step_inputs = driven.recurrence.output(after[-1])
-            return torch.cat(after, -1)
-
-        states = [torch.cat([driven.state for driven in cells], -1)]
-        for step_inputs in cells[0].inputs:
-            states.append(step(states[-1], step_inputs))
+        cell = as_one_cell(layer, sequences)
+        step, states = cell.recurrence.step, [cell.state]
+        for step_inputs in cell.inputs:
+            states.append(step(states[-1], step_inputs).clone())
         before = torch.stack(states[:-1])
         try:
             derivative = torch.func.jacrev(lambda s, x: step(s.unsqueeze(0), x.unsqueeze(0)).squeeze(0))
-            matrices = torch.func.vmap(torch.func.vmap(derivative))(before, cells[0].inputs)
+            matrices = torch.func.vmap(torch.func.vmap(derivative))(before, cell.inputs)
         except (RuntimeError, NotImplementedError, ValueError):
             # A part of the step has no batching rule: step by step, in whatever way works.
             plain = AutodiffRecurrence(step, before.shape[-1])
@@ -224,11 +214,37 @@ def jacobians(
             matrices = torch.stack(
                 [
                     plain.push_forward((state.unsqueeze(0), step_inputs.unsqueeze(0)), identity)
-                    for state, step_inputs in zip(before, cells[0].inputs, strict=True)
+                    for state, step_inputs in zip(before, cell.inputs, strict=True)
                 ]
             )
         ended = torch.arange(len(matrices), device="cpu").unsqueeze(-1) >= sequences.lengths
         return matrices.masked_fill(ended.to(matrices.device)[..., None, None], torch.nan)
+
+
+def as_one_cell(layer: RecurrentLayer, sequences: Sequences) -> DrivenCell:
+    """Return a layer as one cell, whose state is that of its cells one after the other.
+
+    Raises:
+        ValueError: for a bidirectional layer, whose directions share no step.
+    """
+    if any(name.endswith("_reverse") for name in layer.cell_names):
+        raise ValueError(
+            "`dynamics` is bidirectional: its two directions share no step. Pass each direction by itself."
+        )
+    first, *others = cells = list(layer.drive(sequences))
+    if not others:
+        return first
+    sizes = [driven.recurrence.state_size for driven in cells]
+
+    def step(states: Tensor, step_inputs: Tensor) -> Tensor:
+        after: list[Tensor] = []
+        for driven, before in zip(cells, states.split(sizes, -1), strict=True):
+            after.append(driven.recurrence.step(before, step_inputs))
+            step_inputs = driven.recurrence.output(after[-1])
+        return torch.cat(after, -1)
+
+    states = torch.cat([driven.state for driven in cells], -1)
+    return DrivenCell("", AutodiffRecurrence(step, sum(sizes)), first.inputs, states)
 
 
 def working_dtype(layer: RecurrentLayer, sequences: Sequences, dtype: torch.dtype | None) -> torch.dtype:
@@ -240,7 +256,12 @@ def working_dtype(layer: RecurrentLayer, sequences: Sequences, dtype: torch.dtyp
     return dtype
 
 
-def _layer(dynamics: nn.Module | Callable[[Tensor, Tensor], Tensor]) -> RecurrentLayer:
+def layer_of(dynamics: nn.Module | Callable[[Tensor, Tensor], Tensor]) -> RecurrentLayer:
+    """Return the layer that `dynamics` is.
+
+    Raises:
+        TypeError: if it is none; the message says what to pass instead.
+    """
     try:
         return as_layer(dynamics)
     except TypeError as error:
@@ -263,7 +284,7 @@ def read_arguments(
         ValueError: if an argument has the wrong size or value; the message says what to write.
         TypeError: if an argument is of the wrong type.
     """
-    layer = _checked(_layer(dynamics), inputs, state)
+    layer = _checked(layer_of(dynamics), inputs, state)
     sequences, dtype = _read(layer, inputs, state, dtype)
     return layer, sequences, dtype, _check_options(layer, sequences, num_exponents, warmup, qr_interval)
 

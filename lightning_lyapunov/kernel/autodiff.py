@@ -1,6 +1,6 @@
 """The tangent map of a function without a closed form, by PyTorch's differentiation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -27,7 +27,7 @@ class AutodiffRecurrence(Recurrence):
         self._step = step
         self.state_size = state_size
         self._strategies: list[Callable[[Tensor, Tensor, Tensor], Tensor]] = []
-        self._has_forward_mode = True
+        self._has_forward_mode = self._has_reverse_mode = True
 
     def step(self, state: Tensor, inputs: Tensor) -> Tensor:
         return self._step(state.clone(), inputs.clone())  # a step may write over both
@@ -91,6 +91,12 @@ class AutodiffRecurrence(Recurrence):
         return frame.clone()  # a step that returns its state returns the frame itself
 
     def _push_by_reverse_mode(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
+        for matrices in self._jacobians(states, inputs):
+            frame = matrices @ frame
+        return frame
+
+    def _jacobians(self, states: Tensor, inputs: Tensor) -> Tensor:
+        """Return the Jacobians of some steps at once, ``(time, batch, state, state)``."""
         # The members of the batch are independent: a cotangent of all of them is a row of each Jacobian.
         rows = (
             torch.eye(self.state_size, dtype=states.dtype, device=states.device)
@@ -102,9 +108,18 @@ class AutodiffRecurrence(Recurrence):
             pull_back = torch.func.vjp(lambda s: self.step(s, step_inputs), state)[1]
             return torch.func.vmap(pull_back, chunk_size=_MAX_ROWS)(rows)[0].movedim(0, -2)
 
-        for matrices in torch.func.vmap(jacobian)(states, inputs):
-            frame = matrices @ frame
-        return frame
+        return torch.func.vmap(jacobian)(states, inputs)
+
+    def step_maps(self, linearised: Sequence[Tensor], num_vectors: int) -> Iterator[Callable[[Tensor], Tensor]]:
+        steps = max(1, MAX_JACOBIAN_ELEMENTS // (linearised[0][0].numel() * self.state_size))
+        for some in zip(*(part.split(steps) for part in linearised), strict=True):
+            maps = super().step_maps(some, num_vectors)
+            if self._has_reverse_mode and 2 * num_vectors >= self.state_size:
+                try:
+                    maps = iter([matrices.matmul for matrices in self._jacobians(*some)])
+                except Exception:
+                    self._has_reverse_mode = False
+            yield from maps
 
     def _push_by_backward_passes(self, states: Tensor, inputs: Tensor, frame: Tensor) -> Tensor:
         for state, step_inputs in zip(states, inputs, strict=True):

@@ -1,7 +1,8 @@
 """A recurrent cell as a driven map ``s_t = f(s_{t-1}, x_t)``, with its tangent map."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,6 +45,11 @@ class Recurrence(ABC):
         Returns:
             ``(batch, state_size, num_exponents)``, in the dtype that was used.
         """
+
+    def step_maps(self, linearised: Sequence[Tensor], num_vectors: int) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Yield the tangent map of each step: what :meth:`push_forward` does to a frame of so many vectors in it."""
+        for step in range(len(linearised[0])):
+            yield partial(self.push_forward, [part[step : step + 1] for part in linearised])
 
     @abstractmethod
     def push_with_graph(self, linearised: Sequence[Tensor], frame: Tensor) -> Tensor:
