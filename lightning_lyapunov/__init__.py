@@ -12,6 +12,7 @@ The names that matter:
 - :func:`lyapunov_init_`: move the leading exponents of a module to zero, so that gradients neither vanish nor explode.
 - :func:`jacobians`: the Jacobian of the state after each step by the state before it.
 - :func:`covariant_lyapunov_vectors`: the directions that grow at the rates of the exponents.
+- :func:`fixed_points`: the fixed and slow points of a step under a constant input, and their stability.
 - :func:`register_layer`: how to step a recurrent layer of your own.
 - :func:`kaplan_yorke_dimension` and :func:`kolmogorov_sinai_entropy`: numbers read off a spectrum.
 - :class:`LyapunovSpectrum` and :func:`lyapunov_metrics`: the same as torchmetrics, over many sequences.
@@ -21,6 +22,7 @@ The names that matter:
 from lightning_lyapunov.callbacks.monitor import LyapunovMonitor
 from lightning_lyapunov.callbacks.stopping import InstabilityStopping
 from lightning_lyapunov.covariant import CovariantVectors, covariant_lyapunov_vectors
+from lightning_lyapunov.equilibria import FixedPoints, fixed_points
 from lightning_lyapunov.functional import jacobians, lyapunov_spectrum
 from lightning_lyapunov.initialisation import FlossingResult, lyapunov_init_
 from lightning_lyapunov.invariants import kaplan_yorke_dimension, kolmogorov_sinai_entropy
@@ -51,6 +53,7 @@ __all__ = [
     "EXPONENT_FLOOR",
     "CellSpectrum",
     "CovariantVectors",
+    "FixedPoints",
     "FlossingResult",
     "InstabilityStopping",
     "KaplanYorkeDimension",
@@ -69,6 +72,7 @@ __all__ = [
     "ShareNearZero",
     "__version__",
     "covariant_lyapunov_vectors",
+    "fixed_points",
     "jacobians",
     "kaplan_yorke_dimension",
     "kolmogorov_sinai_entropy",

@@ -29,7 +29,7 @@ FLOORS = [
     {"__init__"},
     {"callbacks"},
     {"measuring"},
-    {"reporting", "metrics", "moments", "functional", "covariant", "initialisation", "confidence"},
+    {"reporting", "metrics", "moments", "functional", "equilibria", "covariant", "initialisation", "confidence"},
     {"recording"},
     {"layers"},
     {"kernel", "invariants"},
