@@ -13,6 +13,7 @@ The names that matter:
 - :func:`jacobians`: the Jacobian of the state after each step by the state before it.
 - :func:`covariant_lyapunov_vectors`: the directions that grow at the rates of the exponents.
 - :func:`fixed_points`: the fixed and slow points of a step under a constant input, and their stability.
+- :func:`unit_shares` and :func:`participation`: which units carry the growth.
 - :func:`register_layer`: how to step a recurrent layer of your own.
 - :func:`kaplan_yorke_dimension` and :func:`kolmogorov_sinai_entropy`: numbers read off a spectrum.
 - :class:`LyapunovSpectrum` and :func:`lyapunov_metrics`: the same as torchmetrics, over many sequences.
@@ -46,6 +47,7 @@ from lightning_lyapunov.metrics import (
     lyapunov_metrics,
 )
 from lightning_lyapunov.reporting.loggers import lyapunov_layout
+from lightning_lyapunov.units import participation, unit_shares
 
 __version__ = "0.1.0"
 
@@ -81,5 +83,7 @@ __all__ = [
     "lyapunov_metrics",
     "lyapunov_spectrum",
     "model_spectra",
+    "participation",
     "register_layer",
+    "unit_shares",
 ]

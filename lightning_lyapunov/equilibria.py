@@ -71,8 +71,8 @@ def fixed_points(
     .. math:: q(h) = \tfrac12 |F(h, x) - h|^2,
 
     near each starting state, by Levenberg and Marquardt's method in float64, all states at once. Take states that the
-    network visits, and some noise: a point is found only from where ``q`` leads to it. Of a line, ring or plane of fixed
-    points those next to the starting states are found.
+    network visits, and some between them: a point is found only from where ``q`` leads to it. Of a line, ring or plane
+    of fixed points those next to the starting states are found.
 
     Args:
         dynamics: as in :func:`~lightning_lyapunov.lyapunov_spectrum`. A callable is called in float64.

@@ -32,7 +32,7 @@ FLOORS = [
     {"reporting", "metrics", "moments", "functional", "equilibria", "covariant", "initialisation", "confidence"},
     {"recording"},
     {"layers"},
-    {"kernel", "invariants"},
+    {"kernel", "invariants", "units"},
 ]
 # Imported by others of their own floor, of which they import nothing themselves.
 LEAVES = {"confidence", "functional", "moments"}
