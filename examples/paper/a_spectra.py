@@ -13,7 +13,7 @@ from study import Epoch, Run, Setting, characters, parser, read, runs, write_tab
 from lightning_lyapunov import LyapunovMonitor
 
 # Units, epochs, batch, characters of the text, exponents.
-SIZES = {"fast": (8, 4, 20, 20_000, None), "small": (128, 12, 50, 200_000, None), "full": (512, 12, 100, None, None)}
+SIZES = {"fast": (8, 4, 20, 20_000, None), "small": (64, 12, 50, 200_000, None), "full": (512, 12, 100, None, None)}
 
 
 def draw_spectra(axes: Axes, run: Run) -> None:
@@ -35,7 +35,7 @@ def draw_losses(axes: Axes, run: Run) -> None:
     axes.plot(epochs, [epoch.train_loss for epoch in run[1:]], label="training loss", color="tab:blue")
     axes.plot(epochs, [epoch.val_loss for epoch in run[1:]], label="validation loss", color="tab:orange")
     axes.set(xlabel="epoch", ylabel="loss (nats per character)")
-    axes.legend(fontsize=8, loc="upper center")
+    axes.legend(fontsize=8, loc=(0.6, 0.3))
     measured, right = [epoch for epoch in run if len(epoch.spectrum)], axes.twinx()
     largest, errors = zip(*((epoch.spectrum[0], 1.96 * epoch.stderr[0]) for epoch in measured), strict=True)
     right.errorbar([epoch.epoch for epoch in measured], largest, errors, color="black", marker="o", ms=3, capsize=2)
@@ -62,7 +62,7 @@ def values(epoch: Epoch) -> tuple[float, ...]:
 def main() -> None:
     arguments = read(parser(__doc__))
     units, epochs, batch_size, count, exponents = SIZES[arguments.size]
-    settings = [Setting(cell, units, 0.08, 2e-3, 0.0, epochs, batch_size) for cell in ("LSTM", "GRU")]
+    settings = [Setting(cell, units, 0.08, 1e-2, 0.0, epochs, batch_size) for cell in ("LSTM", "GRU")]
     done = runs(
         settings,
         lambda: characters(arguments.text, count),

@@ -15,11 +15,11 @@ from study import Run, Setting, characters, parser, read, runs, write_table
 
 from lightning_lyapunov import LyapunovMonitor
 
-# Units, ranges, epochs, batch, characters of the text.
+# Units, ranges, learning rate, epochs, batch, characters of the text.
 SIZES = {
-    "fast": ((4, 8), (0.1, 3.0), 2, 20, 20_000),
-    "small": ((32, 64), (0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56), 4, 50, 200_000),
-    "full": ((64, 128, 256, 512), (0.04, 0.08, 0.12, 0.16, 0.2, 0.24, 0.32, 0.64, 1.28), 15, 128, None),
+    "fast": ((4, 8), (0.1, 3.0), 1e-2, 2, 20, 20_000),
+    "small": ((32, 64), (0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56), 1e-2, 3, 50, 200_000),
+    "full": ((64, 128, 256, 512), (0.04, 0.08, 0.12, 0.16, 0.2, 0.24, 0.32, 0.64, 1.28), 2e-3, 15, 128, None),
 }
 
 
@@ -73,9 +73,9 @@ def draw(done: dict[Setting, Run], path: Path) -> None:
 
 def main() -> None:
     arguments = read(parser(__doc__))
-    sizes, ranges, epochs, batch_size, count = SIZES[arguments.size]
+    sizes, ranges, rate, epochs, batch_size, count = SIZES[arguments.size]
     settings = [
-        Setting(cell, units, spread, 2e-3, 0.1, epochs, batch_size)
+        Setting(cell, units, spread, rate, 0.1, epochs, batch_size)
         for cell, units, spread in product(("LSTM", "GRU"), sizes, ranges)
     ]
     done = runs(

@@ -6,6 +6,7 @@ The code of the paper measures an LSTM with c held constant (h only), multiplies
 of time, and counts in bits. Here the same Jacobians are multiplied in each way.
 """
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,14 +14,14 @@ import b_grid
 import matplotlib.pyplot as plt
 import torch
 from b_grid import Grid
-from study import BITS, Array, Network, Setting, characters, interval, np, parser, rank_correlation, read
+from study import BITS, Array, Network, Setting, characters, interval, np, numbers, parser, rank_correlation, read
 from study import write_table as write
 from torch import Tensor
 from tqdm import tqdm
 
 from lightning_lyapunov import jacobians, lyapunov_spectrum
 
-SEQUENCES, WARMUP = 4, 20
+SEQUENCES, WARMUP, EXPONENTS = 2, 20, 8
 # The state is (h, c), h first.
 CONVENTIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "(h, c)": lambda matrices, units: matrices,
@@ -30,46 +31,63 @@ CONVENTIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
 }
 
 
-def product_spectrum(matrices: Tensor) -> Array:
-    """Return the exponents of a product of matrices (time, batch, n, n), the mean of the batch: a linear map."""
+def product_spectrum(matrices: Tensor, count: int | None = None) -> Array:
+    """Return the leading exponents of the product of matrices (time, batch, n, n), the mean of the batch."""
     size = matrices.shape[-1]
-    step = lambda state, entries: (entries.view(-1, size, size) @ state.unsqueeze(-1)).squeeze(-1)  # noqa: E731
+
+    def step(state: Tensor, entries: Tensor) -> Tensor:
+        return torch.einsum("bij,bj->bi", entries.view(-1, size, size), state)
+
     state = matrices.new_zeros(matrices.shape[1], size)
-    return lyapunov_spectrum(step, matrices.flatten(-2), state, warmup=WARMUP).mean(0).numpy()
+    spectrum = lyapunov_spectrum(step, matrices.flatten(-2), state, warmup=WARMUP, num_exponents=count)
+    return spectrum.mean(0).numpy()
+
+
+def leading_and_mean(matrices: Tensor) -> Array:
+    """Return the leading exponents and then the mean of all, which is that of log|det|."""
+    mean = torch.linalg.slogdet(matrices[WARMUP:]).logabsdet.mean() / matrices.shape[-1]
+    return np.append(product_spectrum(matrices, min(EXPONENTS, matrices.shape[-1])), mean)
 
 
 def spectra(network: Network, inputs: Tensor) -> dict[str, Array]:
-    """Return the spectrum of a network in each convention, in nats per step."""
+    """Return the leading exponents and the mean of a network in each convention, in nats per step."""
     matrices = jacobians(network.rnn, inputs)
     units = network.setting.units
-    return {name: product_spectrum(part(matrices, units)) for name, part in CONVENTIONS.items()}
+    return {name: leading_and_mean(part(matrices, units)) for name, part in CONVENTIONS.items()}
 
 
 def measured(settings: list[Setting], folder: Path, text: Path | None, count: int | None) -> dict[str, Array]:
-    """Return the spectra of all networks, (networks, exponents), from a file as far as that has them."""
-    path = folder / "conventions.npz"
-    found = dict(np.load(path)) if path.exists() else {}
-    if any(len(found.get(name, ())) != len(settings) for name in CONVENTIONS):
-        data = characters(text, count)
-        rows: list[dict[str, Array]] = []
-        for setting in tqdm(settings, desc="networks"):
+    """Return the spectra of all networks, (networks, exponents and the mean), from a table as far as that has them."""
+    path = folder / "conventions.csv"
+    found: dict[tuple[str, str], Array] = {}
+    if path.exists():
+        rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+        found = {(row["network"], row["convention"]): numbers(row["leading, mean"]) for row in rows}
+    missing = [setting for setting in settings if (setting.name, next(reversed(CONVENTIONS))) not in found]
+    data = characters(text, count) if missing else None
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if not found:
+            writer.writerow(("network", "convention", "leading, mean"))
+        for setting in tqdm(missing, desc="networks"):
             network = Network(setting, data)
             network.load_state_dict(torch.load(folder / "networks" / f"{setting.name}.pt"))
-            rows.append(spectra(network, data.validation.tensors[0][:SEQUENCES].float()))
-        found = {name: np.array([row[name] for row in rows]).astype(np.float32) for name in CONVENTIONS}
-        np.savez_compressed(path, **found)
-    return found
+            for name, values in spectra(network, data.validation.tensors[0][:SEQUENCES].float()).items():
+                found[setting.name, name] = values
+                writer.writerow((setting.name, name, " ".join(f"{value:.4g}" for value in values)))
+            file.flush()
+    return {name: np.array([found[setting.name, name] for setting in settings]) for name in CONVENTIONS}
 
 
 def table(found: dict[str, Array], grid: Grid) -> list[tuple[object, ...]]:
     """Return the mean exponents of all networks, and what each convention says of the loss."""
-    reference, rows = found["(h, c)"], []
+    reference, rows = found["(h, c)"][:, 0], []
     for name, values in found.items():
-        largest = values[:, 0].astype(float)
-        means = float(largest.mean()), float(largest.mean() / BITS), float(values.mean())
-        agreement = rank_correlation(largest, reference[:, 0])
+        largest, mean = values[:, 0], values[:, -1]
+        levels = float(largest.mean()), float(largest.mean() / BITS), float(mean.mean())
+        agreement = rank_correlation(largest, reference)
         with_loss = rank_correlation(largest, grid.loss), *interval(largest, grid.loss)
-        rows.append((name, values.shape[1], *means, agreement, *with_loss, rank_correlation(values.mean(1), grid.loss)))
+        rows.append((name, *levels, agreement, *with_loss, rank_correlation(mean, grid.loss)))
     return rows
 
 
@@ -78,10 +96,14 @@ def draw(found: dict[str, Array], grid: Grid, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for number, (name, values) in enumerate(found.items()):
         style = {"color": f"C{number // 2}", "alpha": 0.5 if number % 2 else 1.0}
-        best = values[grid.loss.argmin()]
+        best = values[grid.loss.argmin(), :-1]
         left.plot(np.arange(1, len(best) + 1), best, ls="--" if number % 2 else "-", label=name, **style)
-        right.plot(values[:, 0], grid.loss, "x" if number % 2 else "o", label=name, **style)
-    left.set(xlabel="index of the exponent", ylabel="exponent (nats per step)", title="the network of the lowest loss")
+        right.plot(values[:, 0], grid.loss, "x" if number % 2 else "o", ms=7 if number % 2 else 4, label=name, **style)
+    left.set(
+        xlabel="index of the exponent",
+        ylabel="exponent (nats per step)",
+        title="leading exponents, the network of the lowest loss",
+    )
     right.set(
         xlabel="largest exponent (nats per step)", ylabel="final validation loss", title="all networks of the grid"
     )
@@ -96,9 +118,9 @@ def main() -> None:
     runs = b_grid.trained(arguments)
     grid = b_grid.of_runs(runs)
     found = measured(settings, arguments.folder, arguments.text, b_grid.SIZES[arguments.size][4])
-    header = ("convention", "exponents", "largest", "in bits", "mean", "rank correlation with (h, c)", "with the loss")
+    header = ("convention", "largest", "in bits", "mean", "rank correlation with (h, c)", "with the loss")
     header = (*header, "low", "high", "mean exponent with the loss")
-    write(arguments.folder / "conventions.csv", header, table(found, grid))
+    write(arguments.folder / "conventions_summary.csv", header, table(found, grid))
     draw(found, grid, arguments.folder / "conventions.png")
 
 
