@@ -7,6 +7,7 @@ The names that matter:
 
 - :class:`LyapunovMonitor`, a Lightning callback: logs the spectrum of every recurrent layer of a model.
 - :class:`InstabilityStopping`, a callback: ends a run whose gradients explode over its sequences.
+- :class:`GradientFlossing`, a callback: moves the leading exponents of the layers to zero before the second step.
 - :func:`lyapunov_spectrum`: the spectrum of a recurrent module or of any map, without Lightning.
 - :func:`model_spectra`: those of the recurrent layers of any model, from one call of it, without a trainer.
 - :func:`lyapunov_init_`: move the leading exponents of a module to zero, so that gradients neither vanish nor explode.
@@ -20,6 +21,7 @@ The names that matter:
 - :func:`lyapunov_layout`: charts for TensorBoard's tab "Custom Scalars".
 """
 
+from lightning_lyapunov.callbacks.flossing import GradientFlossing
 from lightning_lyapunov.callbacks.monitor import LyapunovMonitor
 from lightning_lyapunov.callbacks.stopping import InstabilityStopping
 from lightning_lyapunov.covariant import CovariantVectors, covariant_lyapunov_vectors
@@ -57,6 +59,7 @@ __all__ = [
     "CovariantVectors",
     "FixedPoints",
     "FlossingResult",
+    "GradientFlossing",
     "InstabilityStopping",
     "KaplanYorkeDimension",
     "KolmogorovSinaiEntropy",

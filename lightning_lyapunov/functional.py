@@ -11,6 +11,7 @@ from lightning_lyapunov.kernel.autodiff import AutodiffRecurrence
 from lightning_lyapunov.kernel.differentiable import differentiable_growth
 from lightning_lyapunov.kernel.precision import plain_arithmetic
 from lightning_lyapunov.kernel.propagation import EXPONENT_FLOOR, Growth, log_growth
+from lightning_lyapunov.kernel.recurrence import NoGraphError
 from lightning_lyapunov.layers.base import DrivenCell, RecurrentLayer, Sequences
 from lightning_lyapunov.layers.copies import frozen_copy
 from lightning_lyapunov.layers.custom import CallableLayer, CustomLayer
@@ -129,7 +130,7 @@ def differentiable_layer_growth(
         )
     trainable = layer.module is not None and any(parameter.requires_grad for parameter in layer.module.parameters())
     if trainable and torch.is_grad_enabled() and not any(growth.total.requires_grad for _, growth in growths):
-        raise ValueError(
+        raise NoGraphError(
             f"`dynamics`, {type(layer.module).__name__}, is not differentiable: no graph leads from its state to its "
             "parameters. Write its step without `detach`, `no_grad` and numpy."
         )

@@ -5,7 +5,8 @@ Engelken, Gradient Flossing: Improving Gradient Descent through Dynamic Control 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,10 +16,13 @@ from torch import Tensor, nn
 from lightning_lyapunov.functional import differentiable_layer_growth, is_count, read_arguments
 from lightning_lyapunov.kernel.precision import plain_arithmetic
 from lightning_lyapunov.kernel.propagation import EXPONENT_FLOOR
+from lightning_lyapunov.kernel.recurrence import NoGraphError
 from lightning_lyapunov.layers.base import RecurrentLayer, Sequences
-from lightning_lyapunov.layers.copies import is_sharded
+from lightning_lyapunov.layers.copies import has_made_weights, is_sharded
+from lightning_lyapunov.layers.registry import as_closed_form
+from lightning_lyapunov.recording.reading import Followed
 
-__all__ = ["FlossingResult", "floss_", "lyapunov_init_", "recurrent_parameters"]
+__all__ = ["FlossingResult", "floss_", "lyapunov_init_", "recurrent_parameters", "with_live_weights"]
 
 # Weights are scaled down until no exponent is above the target by more than a factor e over the window; so often at
 # most, and by no less than this factor at a time.
@@ -106,9 +110,20 @@ def lyapunov_init_(
         raise ValueError(f"`target={target}` and `lr={lr}` must be finite, and `lr` above 0.")
     chosen = recurrent_parameters(module, parameters)
     options: dict[str, Any] = {"warmup": warmup, "qr_interval": qr_interval}
-    with plain_arithmetic():
-        layer, sequences, _, _ = read_arguments(module, inputs, state, **options)
-    return floss_(layer, sequences, chosen, target=target, steps=steps, lr=lr, num_exponents=num_exponents, **options)
+    how: dict[str, Any] = {"target": target, "steps": steps, "lr": lr, "num_exponents": num_exponents, **options}
+    with _naming("module"):
+        with plain_arithmetic():
+            layer, sequences, _, _ = read_arguments(module, inputs, state, **options)
+        return floss_(layer, sequences, chosen, **how)
+
+
+@contextmanager
+def _naming(argument: str) -> Iterator[None]:
+    """Let errors of the plain functions name another argument than ``dynamics``."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("`dynamics`", f"`{argument}`")) from error
 
 
 def recurrent_parameters(module: nn.Module, chosen: Callable[[str], bool] | None = None) -> dict[str, nn.Parameter]:
@@ -141,6 +156,23 @@ def _recurrent_names(module: nn.Module) -> set[str]:
             own = [name for name, _ in part.named_parameters() if any(p.startswith(kinds) for p in name.split("."))]
             names |= {f"{path}.{name}" if path else name for name in own}
     return names
+
+
+def with_live_weights(followed: Followed, module: nn.Module) -> RecurrentLayer:
+    """Return the layer that was followed, computed from the parameters of its module, so that flossing reaches them.
+
+    Raises:
+        NoGraphError: if the forward of the module makes the weights that it uses.
+    """
+    if followed.layer.module is module:
+        return followed.layer
+    layer = as_closed_form(module)
+    if layer is None or has_made_weights(module):
+        raise NoGraphError(
+            f"The forward of {type(module).__name__} makes the weights that it uses: no graph leads to its parameters. "
+            "Make them by `torch.nn.utils.parametrize.register_parametrization(module, name, ...)`."
+        )
+    return layer
 
 
 def floss_(

@@ -196,6 +196,7 @@ def test_all_that_ranks_do_together_is_listed_in_one_place():
         ("callbacks.measurement", "reduce"),
         ("measuring.summaries", "compute"),
         ("callbacks.run", "broadcast"),
+        ("callbacks.flossing", "broadcast"),
         ("callbacks.stopping", "reduce_boolean_decision"),
         ("layers.sharding", "full_tensor"),
     }

@@ -18,6 +18,11 @@ In training, at the end of a batch whose optimizer step is the one that was agre
 * ``strategy.reduce_boolean_decision`` (``InstabilityStopping``): at each new measurement, which all ranks publish in
   the same hook.
 
+In training, where :class:`~lightning_lyapunov.GradientFlossing` is due by a schedule of the same kind:
+
+* ``strategy.broadcast`` of what rank 0 has done, the weights among it, whatever has failed there
+  (``GradientFlossing._floss``); and then of the next agreement (``CommonSchedule.end_batch``).
+
 In ``trainer.validate`` and ``trainer.test`` the gathering of a measurement, once: at the end of the first batch of a
 rank; at the end of the epoch of a rank that had no batch; in ``teardown`` of a rank for which Lightning left the loop
 out, which it does only with ``allow_zero_length_dataloader_with_multiple_devices``. Each rank meets one of the three

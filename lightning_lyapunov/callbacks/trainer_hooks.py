@@ -14,7 +14,7 @@ from lightning_lyapunov.callbacks.warn_once import WarnOnce
 from lightning_lyapunov.layers.discovery import find_layers
 from lightning_lyapunov.reporting.history import History
 
-__all__ = ["TrainerHooks"]
+__all__ = ["TrainerHooks", "progress_of"]
 
 
 class TrainerHooks(AnyCallback):  # type: ignore[misc]
@@ -48,7 +48,7 @@ class TrainerHooks(AnyCallback):  # type: ignore[misc]
         run = self._run_of(trainer)
         if run and self.prog_bar:  # Lightning empties the bar at the start of an epoch
             show_in_bar(trainer, self.estimates)
-        if run and run.start_batch(trainer, _progress(trainer)):
+        if run and run.start_batch(trainer, progress_of(trainer)):
             run.record(trainer.strategy, "training_step")
 
     @guarded()
@@ -56,7 +56,7 @@ class TrainerHooks(AnyCallback):  # type: ignore[misc]
         """Measure, if it is due and the step was recorded. Guarded; what was recorded is dropped in any case."""
         if run := self._run_of(trainer):
             with run.recorded():
-                run.end_batch(trainer, _progress(trainer), logger_step(trainer))
+                run.end_batch(trainer, progress_of(trainer), logger_step(trainer))
                 self._take(run)
                 if self.prog_bar:
                     show_in_bar(trainer, self.estimates)
@@ -66,7 +66,7 @@ class TrainerHooks(AnyCallback):  # type: ignore[misc]
         """Measure on the last sequences, if that is due and the last batch was not foreseen. Guarded."""
         if run := self._run_of(trainer):
             run.stop()
-            if run.schedule.measure_epoch(_progress(trainer)):
+            if run.schedule.measure_epoch(progress_of(trainer)):
                 # No batch was recorded for it: the sequences of the last measurement serve again.
                 run.measurement.forget_all_but(pl_module)
                 run.measure(trainer, logger_step(trainer, epoch_ended=True), again=True)
@@ -149,7 +149,8 @@ class TrainerHooks(AnyCallback):  # type: ignore[misc]
             run.finish(trainer)
 
 
-def _progress(trainer: Any) -> Progress:
+def progress_of(trainer: Any) -> Progress:
+    """Return where a fit is."""
     loop = trainer.fit_loop
     return Progress(
         trainer.global_step,

@@ -7,10 +7,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_JACOBIAN_ELEMENTS", "Recurrence"]
+__all__ = ["MAX_JACOBIAN_ELEMENTS", "NoGraphError", "Recurrence"]
 
 MAX_JACOBIAN_ELEMENTS = 2**19
 """Jacobians are formed for a few steps at a time: enough to fill a vector unit, few enough to stay in the cache."""
+
+
+class NoGraphError(ValueError):
+    """No graph leads from the state to the parameters; the message says what to write."""
 
 
 class Recurrence(ABC):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_lyapunov.kernel.precision import widest_dtype
-from lightning_lyapunov.kernel.recurrence import Recurrence
+from lightning_lyapunov.kernel.recurrence import NoGraphError, Recurrence
 from lightning_lyapunov.layers.base import DrivenCell, RecurrentLayer, Sequences
 from lightning_lyapunov.layers.copies import frozen_copy
 
@@ -320,6 +320,12 @@ class UnrolledLayer(RecurrentLayer):
         yield DrivenCell("", _MatrixRecurrence(torch.stack(states)), torch.stack(matrices), first)
 
 
+_NO_GRAPH = (
+    "Its state stays inside of its forward, so its Jacobians hold no graph to its weights. Register it: "
+    "`register_layer(cls, step=..., read_call=...)`, or let its forward call a cell once a step and name that."
+)
+
+
 class _MatrixRecurrence(Recurrence):
     """A trajectory whose Jacobians are known: they are its inputs, ``(time, batch, state, state)``."""
 
@@ -327,7 +333,7 @@ class _MatrixRecurrence(Recurrence):
         self._states, self.state_size, self._done = states, states.shape[-1], 0
 
     def step(self, state: Tensor, inputs: Tensor) -> Tensor:
-        raise NotImplementedError("Its trajectory is known.")
+        raise NoGraphError(_NO_GRAPH)
 
     def trajectory(self, inputs: Tensor, state: Tensor) -> Tensor:
         start, self._done = self._done, self._done + len(inputs)
@@ -342,7 +348,7 @@ class _MatrixRecurrence(Recurrence):
         return frame
 
     def push_with_graph(self, linearised: Sequence[Tensor], frame: Tensor) -> Tensor:
-        raise NotImplementedError("Its Jacobians are constants: they hold no graph to the weights.")
+        raise NoGraphError(_NO_GRAPH)
 
 
 def unroll(module: nn.Module, inputs: Tensor, run: Run, max_members: int) -> tuple[UnrolledLayer, Sequences] | None:
