@@ -1,6 +1,6 @@
 """Five recurrent networks in trouble, each beside the same network with the trouble remedied.
 
-    python examples/remedies.py    # a minute to a minute and a half on one core
+    python examples/remedies.py    # two minutes on one core
 
 Each is shown a value, then 59 steps of noise, and says at the end what the value was. A loss of 1 is chance. The page
 `reading_the_dashboard.md` tells what to see, with the figures of such a run. The curves are written to `runs/remedies`,
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from lightning_lyapunov import InstabilityStopping, LyapunovMonitor
+from lightning_lyapunov import GradientFlossing, InstabilityStopping, LyapunovMonitor
 
 LENGTH, VALUES, UNITS, BATCH_SIZE, NOISE = 60, 2, 64, 32, 0.3
 FOLDER = Path("runs/remedies")
@@ -88,6 +88,7 @@ class Run:
     learning_rate: float
     clip: float | None = None
     stop: bool = True
+    floss: bool = False
 
 
 # The trouble comes first in each group, and a remedy changes one thing. The chaotic one goes on to its end, so that its
@@ -99,12 +100,16 @@ RUNS = [
     Run("2-chaotic", "strong-weights", nn.RNN, strong, adam, 1e-3, clip=0.1, stop=False),
     Run("2-chaotic", "rescaled", nn.RNN, rescaled, adam, 1e-3, clip=0.1),
     Run("2-chaotic", "stopped", nn.RNN, strong, adam, 1e-3, clip=0.1),
+    Run("2-chaotic", "strong-flossed", nn.RNN, strong, adam, 1e-3, clip=0.1, floss=True),
     Run("3-fading", "default-weights", nn.RNN, leave, adam, 1e-3, clip=0.1),
     Run("3-fading", "orthogonal", nn.RNN, orthogonal, adam, 1e-3, clip=0.1),
+    Run("3-fading", "default-flossed", nn.RNN, leave, adam, 1e-3, clip=0.1, floss=True),
     Run("4-lstm", "default-biases", nn.LSTM, leave, adam, 3e-3, clip=0.1),
     Run("4-lstm", "forget-bias-3", nn.LSTM, keep, adam, 3e-3, clip=0.1),
+    Run("4-lstm", "lstm-flossed", nn.LSTM, leave, adam, 3e-3, clip=0.1, floss=True),
     Run("5-gru", "default-biases", nn.GRU, leave, adam, 3e-3, clip=0.1),
     Run("5-gru", "update-bias-3", nn.GRU, keep, adam, 3e-3, clip=0.1),
+    Run("5-gru", "gru-flossed", nn.GRU, leave, adam, 3e-3, clip=0.1, floss=True),
 ]
 
 
@@ -167,9 +172,10 @@ def train(run: Run, data: DataLoader[tuple[Tensor, ...]], seed: int) -> Result:
     # The sequences are short: 20 steps of warm-up leave 40 to average.
     monitor = LyapunovMonitor(every_n_train_steps=20, warmup=20)
     rule = InstabilityStopping(verbose=False)
+    callbacks = [*([GradientFlossing()] if run.floss else []), monitor, *([rule] if run.stop else [])]
     trainer = L.Trainer(
         max_epochs=1,
-        callbacks=[monitor, rule] if run.stop else [monitor],
+        callbacks=callbacks,
         logger=TensorBoardLogger(FOLDER, name=run.group, version=run.name),
         gradient_clip_val=run.clip,
         accelerator="cpu",
@@ -193,7 +199,7 @@ def train(run: Run, data: DataLoader[tuple[Tensor, ...]], seed: int) -> Result:
 
 def draw_group(above: Any, below: Any, results: list[Result]) -> None:
     """Draw the largest exponent above and the loss below; a cross is where the rule stopped a run."""
-    for result, colour in zip(results, ("tab:red", "tab:blue", "tab:green"), strict=False):
+    for result, colour in zip(results, ("tab:red", "tab:blue", "tab:green", "tab:purple"), strict=False):
         above.plot(result.steps, result.exponents, color=colour, label=result.run.name)
         if result.stopped:
             last = result.exponents.isfinite().nonzero()[-1]

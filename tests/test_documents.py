@@ -160,11 +160,14 @@ def test_the_remedies_are_run_beside_their_troubles(monkeypatch, tmp_path, capsy
     run_example("remedies.py", monkeypatch, tmp_path, "--steps", "20")
     said = capsys.readouterr().out
     rows = re.findall(r"^\d-(\S+ +\S+) +\S+ ± \S+ +(\S+) ± \S+ +\S+ +(\S+)  (.*)$", said, re.MULTILINE)
-    assert len(rows) == 12
+    assert len(rows) == 16
     last = {" ".join(run.split()): float(exponent) for run, exponent, *_ in rows}
     stopped = {" ".join(run.split()) for run, *_, word in rows if word == "at step 19"}
     not_finite = {" ".join(run.split()) for run, _, loss, _ in rows if not math.isfinite(float(loss))}
     assert stopped == {"exploding rate-too-high", "chaotic stopped"}
+    flossed = [exponent for run, exponent in last.items() if run.endswith("-flossed")]
+    assert len(flossed) == 4
+    assert all(abs(exponent) < 0.15 for exponent in flossed)
     assert not_finite == {"exploding rate-too-high"}
     assert last["chaotic strong-weights"] > 0.1 > last["chaotic rescaled"] > -0.1
     assert last["fading default-weights"] < -0.3 < -0.1 < last["fading orthogonal"]
@@ -172,7 +175,34 @@ def test_the_remedies_are_run_beside_their_troubles(monkeypatch, tmp_path, capsy
     assert last["gru default-biases"] < -0.3 < -0.1 < last["gru update-bias-3"]
     assert f"tensorboard --logdir {tmp_path / 'runs' / 'remedies'}" in said
     assert (tmp_path / "runs" / "remedies" / "remedies.png").stat().st_size > 10_000
-    assert len(list((tmp_path / "runs" / "remedies").glob("*/*/events.out.tfevents.*"))) == 12
+    assert len(list((tmp_path / "runs" / "remedies").glob("*/*/events.out.tfevents.*"))) == 16
+
+
+@pytest.mark.slow
+def test_the_study_of_flossing_goes_on_where_it_was_and_says_what_it_found(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    example = runpy.run_path(str(ROOT / "examples" / "flossing.py"))
+    # Half of the runs were made before.
+    table = tmp_path / "runs" / "flossing" / "flossing.csv"
+    first = example["study"](example["FAST"][2:], table)
+    run_example("flossing.py", monkeypatch, tmp_path, "--fast")
+    assert "recall    20  rnn default        16  0/2" in capsys.readouterr().out
+    results = list(example["finished"](table).values())
+    assert len(results) == 4
+    assert results[:2] == first
+    assert [result.learned for result in results] == [True, True, False, False]
+    assert all(abs(result.flossed_exponent) < 0.1 < 0.4 < -result.first_exponent for result in first)
+    assert table.with_name("flossing.png").stat().st_size > 5000
+
+
+def test_the_intervals_of_the_study_of_flossing():
+    example = runpy.run_path(str(ROOT / "examples" / "flossing.py"))
+    assert example["wilson"](5, 5) == pytest.approx((0.5655, 1.0), abs=1e-3)
+    assert example["wilson"](0, 5) == pytest.approx((0.0, 0.4345), abs=1e-3)
+    assert example["wilson"](3, 10) == pytest.approx((0.1078, 0.6032), abs=1e-3)
+    few = [SimpleNamespace(learned=step > 0, learned_at=step) for step in (10, 30, 20, -1, 40)]
+    middle, low, high = example["median_steps"](few)
+    assert (middle, low, high) == (30, 10, math.inf)
 
 
 @pytest.mark.slow

@@ -51,6 +51,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from promises import Setting, compare
 from torch import nn
 
+from lightning_lyapunov import GradientFlossing
+
 pytestmark = pytest.mark.slow
 
 COULD_NOT = "could not be measured"
@@ -779,6 +781,12 @@ SETTINGS = {
     "weights that blow up": Setting(lambda: Regressor("RNN", lr=1e30)),
     "bidirectional with projections": Setting(
         lambda: Regressor("LSTM", bidirectional=False, proj_size=0, num_layers=3, dropout=0.5)
+    ),
+    "flossed": Setting(
+        callbacks=lambda folder, monitor: [GradientFlossing(num_exponents=2, steps=3, every_n_train_steps=2)]
+    ),
+    "flossed behind the monitor": Setting(
+        callbacks=lambda folder, monitor: [GradientFlossing(num_exponents=2, steps=3, every_n_epochs=1)], first=True
     ),
     "batches of one": Setting(data=lambda: series(batch_size=1)),
     "sequences of one step": Setting(data=lambda: series(time=1)),
