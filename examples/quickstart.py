@@ -158,7 +158,9 @@ def main() -> None:
     )
     print_table(losses, monitor)
     print("\n" + sentence(monitor.history["rnn"]["spectrum"][:, 0].tolist(), rule, arguments.epochs))
-    print(f"\nThe dashboard:  tensorboard --logdir {Path('runs').resolve()}")
+    page = Path("runs", "unstable.html" if arguments.unstable else "quickstart.html").resolve()
+    monitor.report(page)
+    print(f"\nThe dashboard:  tensorboard --logdir {page.parent}\nThe same on one page:  {page}")
 
 
 if __name__ == "__main__":

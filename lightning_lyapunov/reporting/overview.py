@@ -30,6 +30,7 @@ UNSTABLE_DECADES = 2.0
 
 # Wider on the left than other pictures, for numbers with a sign and decimals.
 _LEFT, _RIGHT, _HEIGHT = 150, 610, 1000
+_UNSTABLE_INK = (205, 120, 115)
 _UNSTABLE, _OTHER = (250, 221, 217), (150, 150, 150)
 _TONES = {"grows": GROWS, "forgets": SHRINKS}
 
@@ -75,6 +76,8 @@ def overview_picture(
 
     if limit < high:
         upper.draw.rectangle((upper.left, upper.top, upper.right - 1, float(y(limit))), _UNSTABLE)
+        if y(limit) - upper.top > 30:
+            upper.write(upper.right - 12, (upper.top + float(y(limit))) / 2, "unstable", "rm", colour=_UNSTABLE_INK)
     columns = {int(step): index for index, step in enumerate(steps)}
     for cell, values in series.items():
         if cell != worst:
