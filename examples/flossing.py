@@ -1,12 +1,13 @@
 """Does gradient flossing help a recurrent network to learn what lies many steps back? A study with its baselines.
 
-    python examples/flossing.py           # about an hour on one core; finished runs are read from the table
+    python examples/flossing.py           # 40 minutes on one core; finished runs are read from the table
     python examples/flossing.py --fast    # a quarter of a minute: one task, one network, two seeds
 
 Two tasks: say at the end of a sequence what its first input was (`recall`), or what the product of its first and its
 last input is (`xor`); all between is noise. Three cells of 64 units, from four starts, without flossing, with flossing
-before training, and with flossing before and during it. A loss of 1 is chance; a run has learned its task once the mean
-loss of 20 batches is below 0.25. The table of all runs and the picture are written to `--folder`.
+before training, and for the plain RNN with flossing before and during it. A loss of 1 is chance; a run has learned its
+task once the mean loss of 20 batches is below 0.25. The table of all runs and the picture are written to `--folder`.
+`flossing.csv` and `flossing.png` beside this file are those of a whole study: put the table there to draw it again.
 """
 
 import argparse
@@ -149,21 +150,24 @@ def run(setting: Setting) -> Result:
 
 
 STARTS_OF = [(cell, start) for cell, start in product(CELLS, STARTS) if (cell, start) != ("rnn", "forget_bias")]
+RNNS = [network for network in STARTS_OF if network[0] == "rnn"]
 NUM_EXPONENTS = 16
 
 
 def settings(seeds: int) -> list[Setting]:
-    """Return the runs of the study, the most telling first."""
-    # How many exponents to move: chosen on `recall`, checked on `xor`.
-    counts = product(TASKS, (40,), [("rnn", "default")], ("before",), (4, 16, 48))
-    plain = product(TASKS, (40, 20), STARTS_OF, ("none", "before"), (NUM_EXPONENTS,))
-    again = product(TASKS, (40,), STARTS_OF, ("during",), (NUM_EXPONENTS,))
+    """Return the runs of the study. How many exponents to move was chosen on `recall` and checked on `xor`."""
+    counts = product(TASKS, (40,), [("rnn", "default")], ("before",), (4, NUM_EXPONENTS, 48))
+    by_start = [("recall", 40, STARTS_OF), ("xor", 40, [*RNNS, ("gru", "default"), ("gru", "forget_bias")])]
+    by_start += [(task, 20, RNNS) for task in TASKS]
+    plain = [(*one, flossing) for one in by_start for flossing in ("none", "before")]
+    plain += [(task, 40, RNNS, "during") for task in TASKS]
+    by_flossing = [(task, delay, network, how, NUM_EXPONENTS) for task, delay, some, how in plain for network in some]
     chosen = [
         Setting(task, delay, cell, start, flossing, count, seed)
-        for task, delay, (cell, start), flossing, count in (*counts, *plain, *again)
+        for task, delay, (cell, start), flossing, count in (*counts, *by_flossing)
         for seed in range(seeds)
     ]
-    return sorted(dict.fromkeys(chosen), key=lambda one: (-one.delay, one.flossing == "during"))
+    return list(dict.fromkeys(chosen))
 
 
 FAST = [
@@ -239,25 +243,26 @@ def said(results: list[Result]) -> str:
     """Say how many runs have learned, with the interval of their share, and after how many steps."""
     if not results:
         return ""
-    learned, (low, high) = (
-        sum(one.learned for one in results),
-        wilson(sum(one.learned for one in results), len(results)),
-    )
-    steps = "/".join("-" if math.isinf(value) else f"{value:.0f}" for value in median_steps(results))
-    return f"{learned}/{len(results)} ({low:.0%}-{high:.0%}) {steps}"
+    learned, (median, *between) = sum(one.learned for one in results), median_steps(results)
+    low, high = (f"{100 * limit:.0f}" for limit in wilson(learned, len(results)))
+    share = f"{learned} of {len(results)} ({low} to {high} %)"
+    steps = "never" if math.isinf(median) else f"{median:.0f}"
+    limits = " to ".join("never" if math.isinf(limit) else f"{limit:.0f}" for limit in between)
+    return share if steps == limits == "never" or not learned else f"{share}; {steps} ({limits})"
 
 
-def report(results: list[Result]) -> None:
-    """Print a line for each group: learned of all (95 % interval), steps to learn (median/low/high), cost."""
-    print(
-        f"\n{'task':7}{'delay':>5}  {'network':18}{'k':>3}  "
-        + "".join(f"{name:28}" for name in FLOSSINGS)
-        + "cost in steps"
-    )
+def report(results: list[Result]) -> list[str]:
+    """Return the rows of a table: who learned of how many (95 %), the median of the steps (95 %), and the cost."""
+    lines = [
+        "| task, delay | network | exponents | none | before | during | cost, steps |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for (task, delay, cell, start, count), by_flossing in grouped(results).items():
-        columns = "".join(f"{said(by_flossing.get(name, [])):28}" for name in FLOSSINGS)
         flossed = by_flossing.get("before", []) or by_flossing.get("during", [])
-        print(f"{task:7}{delay:5}  {cell + ' ' + start:18}{count:3}  {columns}{cost(flossed) if flossed else 0:.0f}")
+        columns = " | ".join(said(by_flossing.get(name, [])) for name in FLOSSINGS)
+        spent = f"{cost(flossed):.0f}" if flossed else ""
+        lines.append(f"| {task}, {delay} | {cell.upper()}, {start.replace('_', ' ')} | {count} | {columns} | {spent} |")
+    return lines
 
 
 COLOURS = {"none": "0.5", "before": "tab:blue", "during": "tab:green"}
@@ -311,7 +316,7 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = FAST if arguments.fast else settings(arguments.seeds)
     results = study(chosen, arguments.folder / "flossing.csv")
-    report(results)
+    print("\n".join(["", *report(results)]))
     draw(results, arguments.folder / "flossing.png")
     print(f"\nThe table and the picture: {arguments.folder.resolve()}")
 

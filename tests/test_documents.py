@@ -186,13 +186,22 @@ def test_the_study_of_flossing_goes_on_where_it_was_and_says_what_it_found(monke
     table = tmp_path / "runs" / "flossing" / "flossing.csv"
     first = example["study"](example["FAST"][2:], table)
     run_example("flossing.py", monkeypatch, tmp_path, "--fast")
-    assert "recall    20  rnn default        16  0/2" in capsys.readouterr().out
+    assert "| recall, 20 | RNN, default | 16 | 0 of 2 (0 to 66 %) | 2 of 2 (34 to 100 %)" in capsys.readouterr().out
     results = list(example["finished"](table).values())
     assert len(results) == 4
     assert results[:2] == first
     assert [result.learned for result in results] == [True, True, False, False]
     assert all(abs(result.flossed_exponent) < 0.1 < 0.4 < -result.first_exponent for result in first)
     assert table.with_name("flossing.png").stat().st_size > 5000
+
+
+def test_the_table_of_flossing_is_that_of_the_runs():
+    example = runpy.run_path(str(ROOT / "examples" / "flossing.py"))
+    results = example["finished"](ROOT / "examples" / "flossing.csv")
+    assert set(results) == set(example["settings"](5))
+    rows = example["report"]([results[setting] for setting in example["settings"](5)])
+    assert len(rows) > 20
+    assert "\n".join(rows) in PAGE
 
 
 def test_the_intervals_of_the_study_of_flossing():
@@ -245,13 +254,18 @@ def test_what_the_page_on_the_dashboard_names_exists():
 
 
 def test_the_remedies_of_the_page_do_what_it_says():
-    rate, clip, rescale, orthogonal, gate = blocks("python", PAGE)
+    rate, clip, rescale, orthogonal, gate, floss = blocks("python", PAGE)
     model = SimpleNamespace(rnn=torch.nn.RNN(2, 8), parameters=lambda: model.rnn.parameters())
     namespace = {"torch": torch, "model": model, "Trainer": dict, "LyapunovMonitor": LyapunovMonitor}
     exec(rate, namespace)
     assert namespace["configure_optimizers"](model).defaults["lr"] == 1e-4
     exec(clip, namespace)
     assert namespace["trainer"]["gradient_clip_val"] == 0.1
+    exec(floss, namespace)
+    assert [type(callback).__name__ for callback in namespace["trainer"]["callbacks"]] == [
+        "GradientFlossing",
+        "LyapunovMonitor",
+    ]
     exec(rescale, namespace)
     assert torch.linalg.eigvals(model.rnn.weight_hh_l0).abs().max().item() == pytest.approx(1.2)
     exec(orthogonal, namespace)
