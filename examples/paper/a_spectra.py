@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from study import Epoch, Run, Setting, characters, parser, read, runs, write_table
+from study import Epoch, Run, Setting, characters, parser, read, runs, save, write_table
 
 from lightning_lyapunov import LyapunovMonitor
 
@@ -49,7 +49,7 @@ def draw(done: dict[Setting, Run], path: Path) -> None:
         draw_losses(right, run)
         left.set_title(f"{setting.cell}, {setting.units} units: {len(run[-1].spectrum)} exponents")
         right.set_title("its losses and its largest exponent")
-    figure.savefig(path, dpi=80)
+    save(figure, path)
 
 
 def values(epoch: Epoch) -> tuple[float, ...]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from study import BITS, Array, Run, Setting, characters, interval, parser, predicted, rank_correlation, read, runs
+from study import BITS, Array, Run, Setting, characters, interval, parser, predicted, rank_correlation, read, runs, save
 from study import write_table as write
 
 from lightning_lyapunov import LyapunovMonitor
@@ -182,7 +182,7 @@ def draw(grid: Grid, rows: list[tuple[object, ...]], path: Path) -> None:
     draw_map(above, grid, grid.loss, "final validation loss")
     draw_map(below, grid, spectra.max(1), f"largest exponent, epoch {last} (nats per step)")
     draw_correlations(right.subplots(), rows)
-    figure.savefig(path, dpi=80)
+    save(figure, path)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from itertools import groupby, product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from study import Run, Setting, characters, parser, read, runs, write_table
+from study import Run, Setting, characters, parser, read, runs, save, write_table
 
 from lightning_lyapunov import LyapunovMonitor
 
@@ -65,10 +65,13 @@ def draw(done: dict[Setting, Run], path: Path) -> None:
         row[0].axhline(0, color="grey", lw=0.8)
         row[0].set(ylabel="largest exponent (nats per step)", title=f"{cell}: at the first batch, dashed: at the end")
         row[1].set(ylabel="validation loss at the end", title=f"{cell}: dot, the best p; dotted, zero at the start")
+        row[1].set_yscale("log")
+        row[1].yaxis.set_major_formatter("{x:g}")
+        row[1].yaxis.set_minor_formatter("{x:g}")
         for axes in row:
             axes.set(xscale="log", xlabel="p, initial weights between ± p")
             axes.legend(fontsize=8)
-    figure.savefig(path, dpi=80)
+    save(figure, path)
 
 
 def main() -> None:

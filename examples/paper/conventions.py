@@ -14,7 +14,7 @@ import b_grid
 import matplotlib.pyplot as plt
 import torch
 from b_grid import Grid
-from study import BITS, Array, Network, Setting, characters, interval, np, numbers, parser, rank_correlation, read
+from study import BITS, Array, Network, Setting, characters, interval, np, numbers, parser, rank_correlation, read, save
 from study import write_table as write
 from torch import Tensor
 from tqdm import tqdm
@@ -87,7 +87,12 @@ def table(found: dict[str, Array], grid: Grid) -> list[tuple[object, ...]]:
         levels = float(largest.mean()), float(largest.mean() / BITS), float(mean.mean())
         agreement = rank_correlation(largest, reference)
         with_loss = rank_correlation(largest, grid.loss), *interval(largest, grid.loss)
-        rows.append((name, *levels, agreement, *with_loss, rank_correlation(mean, grid.loss)))
+        given = [grid.learning_rate, grid.dropout, *b_grid.bends(grid), grid.early_loss]
+        partial = rank_correlation(largest, grid.loss, given), *interval(largest, grid.loss, given, 200)
+        with_rate = rank_correlation(largest, grid.learning_rate)
+        rows.append(
+            (name, *levels, agreement, *with_loss, *partial, with_rate, rank_correlation(mean, grid.loss)),
+        )
     return rows
 
 
@@ -109,7 +114,7 @@ def draw(found: dict[str, Array], grid: Grid, path: Path) -> None:
     )
     left.axhline(0, color="grey", lw=0.8, ls=":")
     left.legend(fontsize=8)
-    figure.savefig(path, dpi=80)
+    save(figure, path)
 
 
 def main() -> None:
@@ -118,8 +123,10 @@ def main() -> None:
     runs = b_grid.trained(arguments)
     grid = b_grid.of_runs(runs)
     found = measured(settings, arguments.folder, arguments.text, b_grid.SIZES[arguments.size][4])
-    header = ("convention", "largest", "in bits", "mean", "rank correlation with (h, c)", "with the loss")
-    header = (*header, "low", "high", "mean exponent with the loss")
+    header = (
+        *("convention", "largest", "in bits", "mean", "rank correlation with (h, c)", "with the loss", "low", "high"),
+        *("given settings and early loss", "its low", "its high", "with the learning rate", "mean with the loss"),
+    )
     write(arguments.folder / "conventions_summary.csv", header, table(found, grid))
     draw(found, grid, arguments.folder / "conventions.png")
 

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import study
 import torch
 from sklearn.datasets import load_digits
-from study import Array, Data, Network, Run, Setting, parser, rank_correlation, read, runs, write_table
+from study import Array, Data, Network, Run, Setting, parser, rank_correlation, read, runs, save, write_table
 from torch import Tensor
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
@@ -73,7 +73,7 @@ def draw(done: dict[Setting, Run], path: Path) -> None:
     after.set(xlabel="largest exponent after training (nats per step)")
     ranges.set(xlabel="p, initial weights between ± p", xscale="log")
     before.legend(fontsize=8)
-    figure.savefig(path, dpi=80)
+    save(figure, path)
 
 
 def correlations(done: dict[Setting, Run]) -> list[tuple[object, ...]]:

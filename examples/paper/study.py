@@ -6,6 +6,7 @@ of a run. Spectra are in nats per step.
 
 import argparse
 import csv
+import io
 import logging
 import math
 import sysconfig
@@ -20,6 +21,8 @@ import matplotlib as mpl
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
@@ -264,6 +267,13 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]
     widths = [max(map(len, column)) for column in zip(header, *words, strict=True)]
     for row in [header, *words]:
         print("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a small PNG of 128 colours."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=80)
+    Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 # Rank correlations
