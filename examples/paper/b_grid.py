@@ -1,6 +1,6 @@
 """B: a grid of dropout and learning rate. What does the spectrum say of the final loss, beside simpler numbers?
 
-    python examples/paper/b_grid.py                    # 30 LSTMs, eight minutes on one core
+    python examples/paper/b_grid.py                    # 30 LSTMs, a quarter of an hour on one core
     python examples/paper/b_grid.py --grid FILE.npz    # the same table from somebody else's grid
 
 FILE holds `dropout` and `learning_rate` (networks), `val_loss` (networks, epochs), and for an early and the last epoch
