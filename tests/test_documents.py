@@ -156,6 +156,22 @@ def test_the_plain_function_example_agrees_with_the_literature(monkeypatch, tmp_
 
 
 @pytest.mark.slow
+def test_the_sentiment_network_keeps_its_verdict_on_a_line(monkeypatch, tmp_path, capsys):
+    run_example("fixed_points.py", monkeypatch, tmp_path)
+    said = capsys.readouterr().out
+    lowest, highest, following = map(
+        float, re.search(r"largest eigenvalue: (\S+) to (\S+), .* (\S+)$", said, re.M).groups()
+    )
+    assert 0.99 < lowest < highest < 1.01
+    assert following < 0.9
+    left, right = map(float, re.search(r"read-outs go from (\S+) to (\S+)", said).groups())
+    assert left < -0.4 < 0.4 < right
+    assert float(re.search(r"cosine (\S+)", said).group(1)) > 0.7
+    assert -0.1 < float(re.search(r"under input: (\S+)", said).group(1)) < 0
+    assert (tmp_path / "runs" / "fixed_points" / "fixed_points.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
 def test_the_remedies_are_run_beside_their_troubles(monkeypatch, tmp_path, capsys):
     run_example("remedies.py", monkeypatch, tmp_path, "--steps", "20")
     said = capsys.readouterr().out
