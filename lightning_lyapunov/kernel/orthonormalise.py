@@ -160,7 +160,8 @@ def orthonormalise_householder(pushed: Tensor, alive: Tensor) -> tuple[Tensor, T
         The frame ``(batch, state, num_exponents)``, growth ``(batch, num_exponents)``, log-condition, the mask of
         living directions ``(batch, num_exponents)``, and that of sequences with finite vectors ``(batch,)``.
 
-    A direction that dies in front of one that lives is taken out, and the others are decomposed again without it.
+    A direction that dies in front of one that lives is taken out, and the others are decomposed again without it. So is
+    one whose rounding error, as a direction of the frame, has taken all that was left of the others.
     """
     finite = pushed.isfinite().all(-1).all(-1)
     living = alive & finite.unsqueeze(-1)
@@ -170,7 +171,9 @@ def orthonormalise_householder(pushed: Tensor, alive: Tensor) -> tuple[Tensor, T
         dead &= lives
         # The first that is dead, if one behind it is not: what was left of those behind it may be too little.
         before = dead.cumsum(-1)
-        first = dead & (before == 1) & (lives & ~dead & (before > 0)).any(-1, keepdim=True)
+        front = dead & (before == 1)
+        behind = lives & (before > 0) & ~front
+        first = front & (behind & (~dead | _is_left(vectors, frame, lives & ~dead))).any(-1, keepdim=True)
         if not first.any():
             break
         living = living & ~_columns(first, back)
@@ -178,6 +181,15 @@ def orthonormalise_householder(pushed: Tensor, alive: Tensor) -> tuple[Tensor, T
     r_diagonal = _columns(r_diagonal, back).where(living, 1)
     log_condition = float(_log_condition(vectors.to(r_diagonal.dtype).norm(dim=-2).amax(-1), r_diagonal, living))
     return _columns(frame, back), r_diagonal.log(), log_condition, living, finite
+
+
+def _is_left(vectors: Tensor, frame: Tensor, living: Tensor) -> Tensor:
+    """Return for each vector whether it is clearly more than what lies in the living directions of a frame."""
+    known = frame * living.unsqueeze(-2)
+    precise = vectors.to(frame.dtype)
+    left = (precise - known @ (known.mT @ precise)).norm(dim=-2)
+    rounding = RANK_CHECK_FACTOR[vectors.dtype] * vectors.shape[-2] * torch.finfo(vectors.dtype).eps
+    return left > rounding * precise.norm(dim=-2).amax(-1, keepdim=True)
 
 
 def decompose(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -193,3 +193,21 @@ def test_units_that_are_copies_of_each_other(offset):
     matrix = torch.cat((weight, randn(2, 4)))
     spectrum = linear_spectrum(matrix, 12)
     assert_floor(spectrum, offset == 0)
+
+
+@pytest.mark.parametrize("before", [20, 30, 35, 50])
+@pytest.mark.parametrize("qr_interval", [1, 8, "auto"])
+def test_a_step_that_wipes_out_all_but_one_direction_leaves_that_one(before, qr_interval):
+    """The first direction had turned into the one that is wiped out, to the last digit; another one survives."""
+    factors = torch.ones(before + 25, 1, 1).double()
+    factors[before] = 0.0
+
+    def step(state, factor):
+        first, second = state.unbind(-1)
+        return torch.stack((2 * factor[..., 0] * first + 0.3 * second, 0.5 * second), -1)
+
+    spectrum = lyapunov_spectrum(step, factors, torch.ones(1, 2).double(), qr_interval=qr_interval)
+    # By hand: half as large in each step before, then as it comes, then twice as large. The rest is a transient.
+    expected = (24 - before) * math.log(2) / len(factors)
+    assert spectrum[0, 0] == pytest.approx(expected, abs=2 / len(factors))
+    assert spectrum[0, 1] < -80
