@@ -159,7 +159,7 @@ def test_the_interval_holds_the_exponent_as_often_however_often_data_are_passed(
     inputs = nn.functional.dropout(torch.randn(2000, 64, 2), kind.drop)
     truth = lyapunov_spectrum(driven("gru"), inputs, num_exponents=1, warmup=200).mean()
     model, intervals = kind(passes), Intervals()
-    monitor = LyapunovMonitor(every_n_train_steps=1, num_exponents=1, strict=True)
+    monitor = LyapunovMonitor(every_n_train_steps=1, num_exponents=1, metrics="all", strict=True)
     torch.manual_seed(11)
     data = DataLoader(torch.randn(REPEATS * SEQUENCES, 100, 2), SEQUENCES)
     fit(model, monitor, intervals, data=data, max_epochs=1)
