@@ -64,8 +64,10 @@ class _Trouble(NamedTuple):
 
 _FORGETS = (
     "If the loss falls, there is nothing to do. If the task needs what lies further back and the loss stays where it "
-    "started, {}, or move the exponents to 0 before training with `lyapunov_init_`."
+    "started, {}."
 )
+# It did not help the LSTM with torch's biases: see `examples/flossing.py`.
+_FLOSS = ", or add the callback `GradientFlossing()`"
 _OPEN_GATE = "set the bias of the {} gate to 3 (the second block of `bias_ih_l0`)"
 _TABLE = (
     _Trouble(
@@ -81,8 +83,8 @@ _TABLE = (
         "grows {decades:+.1f} decades in {length:.0f} steps",
         "A gradient grows by {decades:.1f} decades over the {length:.0f} steps of a sequence: it is unstable.",
         {
-            "": "If it was so from the start, scale the recurrent weights down, make them orthogonal, or call "
-            "`lyapunov_init_`; if the loss jumps, lower the learning rate or clip the gradient."
+            "": "If it was so from the start, scale the recurrent weights down, make them orthogonal, or add "
+            "the callback `GradientFlossing()`; if the loss jumps, lower the learning rate or clip the gradient."
         },
     ),
     _Trouble(
@@ -98,10 +100,10 @@ _TABLE = (
         "remembers {memory:.2g} of {length:.0f} steps",
         "A change of the state lasts {memory:.2g} of the {length:.0f} steps of a sequence.",
         {
-            "RNN": _FORGETS.format("make the recurrent weights orthogonal (`torch.nn.init.orthogonal_`)"),
+            "RNN": _FORGETS.format(f"make the recurrent weights orthogonal (`torch.nn.init.orthogonal_`){_FLOSS}"),
             "LSTM": _FORGETS.format(_OPEN_GATE.format("forget")),
-            "GRU": _FORGETS.format(_OPEN_GATE.format("update")),
-            "": _FORGETS.format("choose weights that keep the state for longer"),
+            "GRU": _FORGETS.format(_OPEN_GATE.format("update") + _FLOSS),
+            "": _FORGETS.format(f"choose weights that keep the state for longer{_FLOSS}"),
         },
     ),
 )
