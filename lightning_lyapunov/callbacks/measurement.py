@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lyapunov.callbacks.overhead import Overhead
 from lightning_lyapunov.callbacks.warn_once import WarnOnce
@@ -60,6 +60,7 @@ class Measurement:
         self._cell_names = {name: found.cell_names for name, found in layers.items()}
         self._state_sizes = {name: found.state_sizes for name, found in layers.items()}
         self._followed: dict[str, Followed] = {}
+        self.unit_shares: dict[str, Tensor] = {}
         self._error: Exception | None = None
 
     @property
@@ -95,6 +96,7 @@ class Measurement:
             overhead: times each layer.
         """
         samples: dict[str, CellSamples] = {}
+        self.unit_shares = {}
         for name, found in self._layers.items():
             with overhead.layer(name):
                 outcome = self._outcome(
@@ -103,6 +105,9 @@ class Measurement:
                 if isinstance(outcome, _NotCalled):
                     self._followed.pop(name, None)
                 samples.update(self._samples(name, outcome, strategy))
+                if isinstance(outcome, MeasuredLayer):
+                    names = [self._full_name(name, cell) for cell in self._cell_names[name]]
+                    self.unit_shares.update(zip(names, outcome.unit_shares, strict=False))
         # A process group may be somebody else's: with one rank there is nothing to gather.
         alone = getattr(strategy, "world_size", 1) == 1
         device = "cpu" if strategy.root_device.type == "mps" else strategy.root_device

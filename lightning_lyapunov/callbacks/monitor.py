@@ -53,6 +53,9 @@ class LyapunovMonitor(TrainerHooks):
         log_band: log the 95 % confidence band of the largest exponent of each cell to TensorBoard, too, as
             ``"lyapunov_band/<layer>/lower"`` and ``".../upper"``, for the charts of
             :func:`~lightning_lyapunov.lyapunov_layout`.
+        log_units: log which units carry the leading direction of each cell: a picture over training,
+            ``"lyapunov/<layer>/unit_shares"``, and the heaviest units of the worst layer as the text
+            ``"lyapunov/units"``. It is another pass over the sequences, with one vector, of rank 0.
         metrics: which numbers to log of each cell: a list of names, or ``"all"``; None for ``max``, ``max_stderr``,
             ``log10_gradient_gain``, ``memory_steps`` and ``sequence_length``, the fewest that tell whether it is
             stable, whether it remembers, and how sure that is. The others are ``mean``, ``kaplan_yorke_dimension``,
@@ -102,6 +105,7 @@ class LyapunovMonitor(TrainerHooks):
         dtype: torch.dtype | None = None,
         log_spectrum: bool = True,
         log_band: bool = False,
+        log_units: bool = False,
         metrics: Sequence[str] | Literal["all"] | None = None,
         prog_bar: bool = False,
         strict: bool = False,
@@ -118,7 +122,7 @@ class LyapunovMonitor(TrainerHooks):
         _check_warmup(warmup, max_steps)
         _check_dtype(dtype)
         _check_share(max_overhead)
-        self.metrics, self.prog_bar = _checked_metrics(metrics), prog_bar
+        self.metrics, self.prog_bar, self.log_units = _checked_metrics(metrics), prog_bar, log_units
         self.modules = _checked_names(modules)
         self.every_n_epochs = 1 if every_n_epochs is None and every_n_train_steps is None else every_n_epochs
         self.every_n_train_steps = every_n_train_steps

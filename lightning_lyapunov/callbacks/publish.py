@@ -137,6 +137,7 @@ class Publisher:
         self.advice: tuple[str, ...] = ()
         self._worst: str | None = None
         self._first: dict[str, Estimate] = {}
+        self._units = History()
         self._budget = PictureBudget()
         self._undrawn: tuple[list[str], int] | None = None
 
@@ -147,8 +148,24 @@ class Publisher:
         self._first = {estimate.layer: estimate for estimate in self._measured.values()}
         self.estimates = kept
 
-    def publish(self, trainer: Any, cells: CellMetrics, step: int, *, is_extra: bool = False) -> None:
-        """Publish the metrics of all cells, the same on every rank, at a step of the loggers."""
+    def publish(
+        self,
+        trainer: Any,
+        cells: CellMetrics,
+        step: int,
+        *,
+        is_extra: bool = False,
+        shares: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Publish the metrics of all cells, the same on every rank, at a step of the loggers.
+
+        Args:
+            trainer: the trainer.
+            cells: the metrics of each cell.
+            step: the step of the loggers.
+            is_extra: whether it was measured only because a run was resumed.
+            shares: of each unit in the leading direction of a cell, ``(units,)``, on this rank, if asked for.
+        """
         scalars: dict[str, float] = {}
         rows: dict[str, tuple[Tensor, Tensor]] = {}
         for cell, metrics in cells.items():
@@ -157,6 +174,7 @@ class Publisher:
             spectrum, stderr = (metrics[name].float().cpu().reshape(-1) for name in ("spectrum", "stderr"))
             rows[cell] = spectrum, stderr
         self._history.append(step, rows)
+        self._units.append(step, {cell: (share, share) for cell, share in (shares or {}).items()})
         overall = self._judge_all(list(cells))
         # Rounded once: loggers get what callbacks get.
         values = torch.tensor([*scalars.values(), *overall.values()], dtype=torch.float32, device="cpu")
@@ -241,6 +259,7 @@ class Publisher:
             "quantiles": {e.layer: student_t_quantile(0.975, e.num_sequences - 1) for e in self.estimates.values()},
             "band": self._log_band,
             "overview": self._overview(),
+            "units": self._units.tensors(last_only=not pictures),
             "lengths": {e.layer: e.length for e in self._measured.values()},
             "drawn": drawn,
             "numbers": numbers,

@@ -88,8 +88,9 @@ class Run:
         """
         warn, overhead = WarnOnce(), Overhead(trainer.strategy.root_device)
         limits = monitor.num_sequences, monitor.max_steps
-        how = monitor.num_exponents, monitor.warmup, monitor.qr_interval, monitor.dtype, monitor.strict
-        measurement = Measurement(layers, Options(*limits, *how), warn, monitor.growth_of)
+        how = ("num_exponents", "warmup", "qr_interval", "dtype", "strict", "log_units")
+        how_to_measure = Options(*limits, **{name: getattr(monitor, name) for name in how})
+        measurement = Measurement(layers, how_to_measure, warn, monitor.growth_of)
         options = ("log_spectrum", "log_band", "metrics", "strict")
         logged = {name: getattr(monitor, name) for name in options} | {"kinds": measurement.kinds}
         run = cls(
@@ -185,7 +186,7 @@ class Run:
                     raise
                 self._warn_of_ranks(error)
                 return
-            self.publisher.publish(trainer, cells, step, is_extra=self.is_extra)
+            self.publisher.publish(trainer, cells, step, is_extra=self.is_extra, shares=self.measurement.unit_shares)
         if not self.has_budget and trainer.is_global_zero and (message := self.overhead.warning_message()):
             self.warn("overhead", message)
 

@@ -1,17 +1,20 @@
 """Measure a layer along its sequences."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lyapunov.functional import layer_growth, working_dtype
+from lightning_lyapunov.kernel.covariant import covariant_stretch
+from lightning_lyapunov.kernel.precision import plain_arithmetic, widest_dtype
 from lightning_lyapunov.kernel.propagation import Growth
 from lightning_lyapunov.layers.base import RecurrentLayer, Sequences
 from lightning_lyapunov.measuring.summaries import CellSamples
+from lightning_lyapunov.units import unit_shares
 
 __all__ = ["MeasuredLayer", "Options", "full_name", "measure_layer", "no_samples"]
 
@@ -32,6 +35,7 @@ class Options:
     qr_interval: int | Literal["auto"] = "auto"
     dtype: torch.dtype | None = None
     strict: bool = False
+    log_units: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,13 @@ class MeasuredLayer:
         growths: the growth of each of its cells, of each member of the batch.
         state_sizes: the sizes of their states.
         lengths: the length of the sequences of each member.
+        unit_shares: for each cell the shares of its units in the leading direction, ``(units,)``, on the CPU, if asked.
     """
 
     growths: list[Growth]
     state_sizes: tuple[int, ...]
     lengths: Tensor
+    unit_shares: tuple[Tensor, ...] = ()
 
     def samples(self, index: int) -> CellSamples:
         """Return what the layer adds to the metrics of one of its cells."""
@@ -81,13 +87,26 @@ def measure_layer(
         dtype=working_dtype(layer, sequences, options.dtype),
         segments=min(_SEGMENTS, averaged) if len(sequences.lengths) == 1 else 1,
     )
+    shares = tuple(_unit_shares(layer, sequences, int(warmup.min()))) if options.log_units else ()
     lengths = sequences.lengths if sequences.full_lengths is None else sequences.full_lengths
     index = _member_of_each(sequences) if len(growths[0][1].steps) == 1 else None
     if index is None:
-        return MeasuredLayer([growth for _, growth in growths], layer.state_sizes, lengths)
+        return MeasuredLayer([growth for _, growth in growths], layer.state_sizes, lengths, shares)
     mean = _summed(lengths, index) / _summed(torch.ones_like(lengths), index)
     summed = [Growth(_summed(g.total, index, 1), _summed(g.steps, index, 1)) for _, g in growths]
-    return MeasuredLayer(summed, layer.state_sizes, mean)
+    return MeasuredLayer(summed, layer.state_sizes, mean, shares)
+
+
+def _unit_shares(layer: RecurrentLayer, sequences: Sequences, warmup: int) -> Iterator[Tensor]:
+    """Yield the shares of the units of each cell in the leading direction, which is covariant."""
+    # An LSTM's state is (h, c), of the same units unless h is projected.
+    pairs = isinstance(layer.module, nn.LSTM | nn.LSTMCell) and not getattr(layer.module, "proj_size", 0)
+    with plain_arithmetic():
+        for cell in layer.drive(sequences):
+            state = cell.state.to(widest_dtype(cell.state.device))
+            options = {"num_exponents": 1, "warmup": warmup, "cooldown": 0}
+            vectors, _ = covariant_stretch(cell.recurrence, cell.inputs, state, sequences.lengths, **options)
+            yield unit_shares(vectors, num_tensors=1 + pairs).cpu()
 
 
 def no_samples(count: int, *, failed: bool) -> CellSamples:

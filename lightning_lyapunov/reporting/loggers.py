@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lightning_lyapunov.reporting.canvas import resolved
 from lightning_lyapunov.reporting.overview import overview_picture
-from lightning_lyapunov.reporting.pictures import current_spectrum_picture, spectrum_picture
+from lightning_lyapunov.reporting.pictures import current_spectrum_picture, spectrum_picture, units_picture
 from lightning_lyapunov.reporting.room import check_room
+from lightning_lyapunov.units import participation
 
 __all__ = ["Overview", "log_spectra", "lyapunov_layout", "takes_numbers_only"]
 
@@ -50,6 +51,7 @@ def log_spectra(
     quantiles: Mapping[str, float] | None = None,
     band: bool = False,
     overview: Overview | None = None,
+    units: Mapping[str, Mapping[str, Tensor]] | None = None,
     lengths: Mapping[str, float] | None = None,
     drawn: Collection[str] | None = None,
     numbers: bool = True,
@@ -71,6 +73,8 @@ def log_spectra(
             ``add_scalar``: ``"lyapunov_band/<layer>/lower"`` and ``".../upper"``. See :func:`lyapunov_layout`.
         overview: what the overview says; the worst layer and the advice are sent as text, ``"lyapunov/worst_layer"``
             and ``"lyapunov/advice"``, where a logger takes it by ``add_text``. None for no overview.
+        units: for each layer ``"step"``, ``(m,)``, and as ``"spectrum"`` the shares of its units in the leading
+            direction, ``(m, units)``: a picture of each, and of the worst layer the text ``"lyapunov/units"``.
         lengths: for each layer the steps of its sequences, if they are known.
         drawn: the layers that get pictures and a histogram of their own; None for all of ``history``.
         numbers: send the text, histograms and bands.
@@ -87,7 +91,7 @@ def log_spectra(
     if show:
         check_room(logger, len(layers) + (overview is not None))
     if numbers and overview is not None:
-        _add_texts(logger, overview, step)
+        _add_texts(logger, overview, (units or {}).get(overview.worst), step)
     if pictures and show and overview is not None:
         worst, sentence, tone, _ = overview
         options = {"quantile": (quantiles or {}).get(worst, _QUANTILE), "length": (lengths or {}).get(worst, math.nan)}
@@ -100,16 +104,32 @@ def log_spectra(
             _add_numbers(logger, layer, measurements["spectrum"][-1].numpy(), half_width, step, band, is_drawn)
         if pictures and show and is_drawn:
             _draw(show, layer, measurements, half_width, step, (lengths or {}).get(layer, math.nan))
+    for layer, measurements in (units or {}).items():
+        if pictures and show and layer in layers:
+            steps, shares = (measurements[key].numpy() for key in ("step", "spectrum"))
+            show(f"lyapunov/{layer}/unit_shares", units_picture(steps, shares, f"Units of {layer}"), step)
     return show is not None or takes_numbers_only(logger)
 
 
-def _add_texts(logger: Any, overview: Overview, step: int) -> None:
+def _add_texts(logger: Any, overview: Overview, units: Mapping[str, Tensor] | None, step: int) -> None:
     experiment: Any = getattr(logger, "experiment", None)
     prefix = _prefix_of(logger)
     if hasattr(experiment, "add_text"):
         experiment.add_text(f"{prefix}lyapunov/worst_layer", f"`{overview.worst}`", step)
+        if units is not None:
+            experiment.add_text(f"{prefix}lyapunov/units", _heaviest(overview.worst, units["spectrum"][-1]), step)
         if overview.advice:
             experiment.add_text(f"{prefix}lyapunov/advice", "\n\n".join(overview.advice), step)
+
+
+def _heaviest(layer: str, shares: Tensor) -> str:
+    """Name the units that carry the most of the leading direction, at most five, and say how many carry it."""
+    largest, units = shares.topk(min(5, len(shares)))
+    names = ", ".join(map(str, units.tolist()))
+    return (
+        f"`{layer}`: the units {names} carry {float(largest.sum()):.0%} of the leading direction, which is spread over "
+        f"{float(participation(shares)) * len(shares):.3g} of {len(shares)}."
+    )
 
 
 def _draw(

@@ -19,7 +19,7 @@ from lightning_lyapunov.reporting.canvas import (
     ticks,
 )
 
-__all__ = ["current_spectrum_picture", "draw_map", "spectrum_picture"]
+__all__ = ["current_spectrum_picture", "draw_map", "spectrum_picture", "units_picture"]
 
 _MAP_LEFT, _MAP_RIGHT = 118, 610
 _LINE_LEFT, _LINE_RIGHT = 170, 760
@@ -58,6 +58,33 @@ def draw_map(plot: Plot, steps: NDArray[Any], spectra: NDArray[Any], title: str,
     for row in ticks(exponents, 5):
         plot.mark_y((row + 0.5) / exponents, str(row + 1))
     draw_scale(plot, limit)
+
+
+def units_picture(steps: NDArray[Any], shares: NDArray[Any], title: str) -> NDArray[np.uint8]:
+    """Draw which units carry the leading direction, over training: one column for each measurement.
+
+    The darker a unit, the larger its share. White is no more than an even share.
+
+    Args:
+        steps: the step of each measurement, ``(m,)``.
+        shares: of each unit, which sum to one, ``(m, units)``.
+        title: what to write above.
+
+    Returns:
+        An RGB picture, ``(height, width, 3)``.
+    """
+    measurements, units = shares.shape
+    beyond = np.nan_to_num(np.clip(shares.T * units - 1, 0, None))
+    strength = np.sqrt(beyond / max(float(beyond.max()), 1e-9))[..., None]
+    plot = Plot(_MAP_LEFT, _LINE_RIGHT)
+    plot.paint((255 + strength * (np.array(INK) - 255)).round().astype(np.uint8), plot.left, plot.right)
+    largest = float(np.nanmax(shares)) if np.isfinite(shares).any() else math.nan
+    plot.label(f"{title}: black is {largest:.0%} of the growth", "training step", "unit")
+    for column in ticks(measurements, 4):
+        plot.mark_x((column + 0.5) / measurements, str(int(steps[column])))
+    for row in ticks(units, 5):
+        plot.mark_y((row + 0.5) / units, str(row))
+    return np.asarray(plot.image)
 
 
 def current_spectrum_picture(spectrum: NDArray[Any], half_width: NDArray[Any], title: str) -> NDArray[np.uint8]:
