@@ -190,7 +190,9 @@ class LyapunovMonitor(TrainerHooks):
         save_table(self.history, path)
 
     def plot(self, layer: str | None = None) -> Any:
-        """Draw the spectrum of a layer over training, and the last one with a band of 1.96 standard errors.
+        """Draw the spectrum of a layer, over training and now, and the largest exponents of all layers.
+
+        The band around the last spectrum is of 1.96 standard errors.
 
         Args:
             layer: a key of :attr:`history`; by default the one with the largest exponent now.

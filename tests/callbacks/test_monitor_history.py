@@ -129,7 +129,11 @@ def test_plot_draws_the_layer_that_is_worst_or_the_one_that_is_named():
     worst = max(history, key=lambda layer: history[layer]["spectrum"][-1, 0])
     other = next(layer for layer in history if layer != worst)
     for layer, asked in ((worst, None), (other, other)):
-        over_training, now, *_ = monitor.plot(asked).axes
+        over_training, now, largest, *_ = monitor.plot(asked).axes
+        assert [line.get_label() for line in largest.lines[1:]] == list(history)
+        drawn = {line.get_label(): (line.get_ydata(), line.get_color()) for line in largest.lines[1:]}
+        assert all(np.allclose(drawn[name][0], history[name]["spectrum"][:, 0]) for name in history)
+        assert [name for name in history if drawn[name][1] == "C3"] == [layer]
         assert layer in over_training.get_title()
         assert np.allclose(over_training.images[0].get_array(), history[layer]["spectrum"].T)
         assert np.allclose(now.lines[1].get_ydata(), history[layer]["spectrum"][-1])
