@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import ROOT, Regressor, fit
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lightning_lyapunov import InstabilityStopping, LyapunovMonitor, lyapunov_spectrum
 from lightning_lyapunov.callbacks.publish import DEFAULT_METRICS, METRICS
@@ -292,3 +294,25 @@ def test_the_remedies_of_the_page_do_what_it_says():
         assert (model.rnn.bias_ih_l0 == 3).nonzero().flatten().tolist() == list(range(8, 16))
         # It is the gate that keeps the state: a change of it lasts.
         assert lyapunov_spectrum(model.rnn, torch.zeros(50, 1, 2), num_exponents=1).item() > -0.2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_sweep_drops_trials_and_lists_the_exponent_among_the_metrics(monkeypatch, tmp_path, capsys):
+    optuna = pytest.importorskip("optuna")
+    verbosity = optuna.logging.get_verbosity()
+    try:
+        run_example("sweep.py", monkeypatch, tmp_path, "--trials", "5")
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^ +\d+ +[\d.]+ +\S+ +([+-][\d.]+) +[\d.]+(  \(dropped.*)?$", printed, re.MULTILINE)
+    assert len(rows) == 5
+    assert [bool(note) for _, note in rows] == [not -10 <= float(gain) <= 4 for gain, _ in rows]
+    assert "trials, of which" in printed
+    for folder in sorted((tmp_path / "runs" / "sweep").iterdir()):
+        events = EventAccumulator(str(folder)).Reload()
+        content = events.PluginTagToContent("hparams")["_hparams_/experiment"]
+        metrics = HParamsPluginData.FromString(content).experiment.metric_infos
+        assert {metric.name.tag for metric in metrics} == {"lyapunov/max", "loss"}
+        assert math.isfinite(events.Scalars("lyapunov/max")[-1].value)
