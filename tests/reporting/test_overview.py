@@ -4,6 +4,8 @@ import base64
 import io
 import math
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -291,3 +293,23 @@ def test_a_dial_that_grows_is_named_in_the_overview_of_tensorboard(tmp_path):
     last = images.Images("lyapunov/_overview")[-1]
     picture = np.asarray(Image.open(io.BytesIO(last.encoded_image_string)))
     assert count(picture[:60], GROWS) > 300
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser")
+def test_the_page_shows_its_pictures_in_a_browser(tmp_path):
+    monitor = LyapunovMonitor(warmup=2)
+    fit(Dial([0.5]), monitor, max_epochs=1, data=series(time=30))
+    monitor.report(tmp_path / "run.html")
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--user-data-dir={tmp_path}/profile",
+    ]
+    shot = [f"--screenshot={tmp_path}/page.png", "--window-size=1000,2600", f"file://{tmp_path}/run.html"]
+    subprocess.run(["chromium", *options, *shot], check=True, capture_output=True, timeout=60)
+    page = np.asarray(Image.open(tmp_path / "page.png").convert("RGB"))
+    assert count(page, UNSTABLE) > 5_000  # of the overview
+    assert count(page, GROWS) > 5_000  # of the curve, and of the spectrum over training
