@@ -104,10 +104,15 @@ class Plot:
     def label(self, title: str, below: str, beside: str, width: float = math.inf) -> None:
         """Write a title, at most ``width`` wide, and what is on the two axes."""
         self.write(self.left, self.top - 32, title, "lm", min(width, WIDTH - 10 - self.left))
-        middle, height = (self.left + self.right) / 2, self.bottom - self.top
+        middle = (self.left + self.right) / 2
         self.write(middle, self.bottom + 70, below, "mm", 2 * (WIDTH - 10 - middle))
+        self.label_y(beside)
+
+    def label_y(self, text: str) -> None:
+        """Write what is on the vertical axis."""
+        height = self.bottom - self.top
         upright = Plot(0, height)
-        upright.write(height / 2, 18, beside, "mm", height)
+        upright.write(height / 2, 18, text, "mm", height)
         self.image.paste(upright.image.crop((0, 0, height, 36)).rotate(90, expand=True), (0, self.top))
 
     def mark_x(self, share: float, text: str) -> None:

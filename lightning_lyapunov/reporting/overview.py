@@ -19,7 +19,6 @@ from lightning_lyapunov.reporting.canvas import (
     limits_around,
     resolved,
     round_numbers,
-    ticks,
 )
 from lightning_lyapunov.reporting.pictures import draw_map
 
@@ -28,8 +27,8 @@ __all__ = ["UNSTABLE_DECADES", "overview_picture"]
 UNSTABLE_DECADES = 2.0
 """The growth of a gradient over a sequence above which a network counts as unstable."""
 
-# Wider on the left than other pictures, for numbers with a sign and decimals.
-_LEFT, _RIGHT, _HEIGHT = 150, 610, 1000
+# Both plots in a picture of the usual size: TensorBoard fits a picture into the height of a card.
+_LEFT, _RIGHT, _TOPS, _BOTTOMS = 150, 610, (52, 296), (254, 486)
 _UNSTABLE_INK = (205, 120, 115)
 _UNSTABLE, _OTHER = (250, 221, 217), (150, 150, 150)
 _TONES = {"grows": GROWS, "forgets": SHRINKS}
@@ -62,9 +61,9 @@ def overview_picture(
     Returns:
         An RGB picture, ``(height, width, 3)``.
     """
-    upper = Plot(_LEFT, _RIGHT, 110, 430, height=_HEIGHT)
+    upper = Plot(_LEFT, _RIGHT, _TOPS[0], _BOTTOMS[0])
     colour = _TONES.get(tone, INK)
-    upper.write(20, 30, sentence, "lm", WIDTH - 40, colour)
+    upper.write(20, 24, sentence, "lm", WIDTH - 40, colour)
     series = {cell: np.asarray(values["spectrum"])[:, 0].astype(float) for cell, values in history.items()}
     steps = np.asarray(history[worst]["step"])
     half_width = quantile * np.asarray(history[worst]["stderr"])[:, 0]
@@ -77,7 +76,7 @@ def overview_picture(
     if limit < high:
         upper.draw.rectangle((upper.left, upper.top, upper.right - 1, float(y(limit))), _UNSTABLE)
         if y(limit) - upper.top > 30:
-            upper.write(upper.right - 12, (upper.top + float(y(limit))) / 2, "unstable", "rm", colour=_UNSTABLE_INK)
+            upper.write(upper.right - 12, float(y(limit)) - 18, "unstable", "rm", colour=_UNSTABLE_INK)
     columns = {int(step): index for index, step in enumerate(steps)}
     for cell, values in series.items():
         if cell != worst:
@@ -90,13 +89,13 @@ def overview_picture(
     upper.draw.line((upper.left, float(y(0)), upper.right - 1, float(y(0))), INK, THIN)
     _join(upper, x, y(series[worst]), known, colour, width=2 * THIN, dots=True)
     _name(upper, worst, y(series[worst]), known, colour, len(series))
-    upper.label("largest exponent", "", "nats per step", width=upper.right - upper.left)
+    upper.label_y("largest exponent")
     for value in round_numbers(low, high):
         upper.mark_y((high - value) / (high - low), f"{value:+.6g}" if value else "0")
-    lower = Plot(_LEFT, _RIGHT, 520, 890, image=upper.image)
-    draw_map(lower, steps, np.asarray(history[worst]["spectrum"]), f"all exponents of {worst}", length)
-    for column in ticks(len(steps), 4):
-        upper.mark_x((column + 0.5) / len(steps), "")
+    lower = Plot(_LEFT, _RIGHT, _TOPS[1], _BOTTOMS[1], image=upper.image)
+    draw_map(lower, steps, np.asarray(history[worst]["spectrum"]), length)
+    lower.label_y("all exponents")
+    lower.write((_LEFT + _RIGHT) / 2, _BOTTOMS[1] + 56, "training step", "mm")
     return np.asarray(upper.image)
 
 

@@ -44,15 +44,15 @@ def spectrum_picture(
         An RGB picture, ``(height, width, 3)``.
     """
     plot = Plot(_MAP_LEFT, _MAP_RIGHT)
-    draw_map(plot, steps, spectra, title, length)
+    plot.label(title, "training step", "exponent", width=plot.right + 22 - plot.left)
+    draw_map(plot, steps, spectra, length)
     return np.asarray(plot.image)
 
 
-def draw_map(plot: Plot, steps: NDArray[Any], spectra: NDArray[Any], title: str, length: float) -> None:
-    """Draw what :func:`spectrum_picture` shows into a plot."""
+def draw_map(plot: Plot, steps: NDArray[Any], spectra: NDArray[Any], length: float) -> None:
+    """Draw what :func:`spectrum_picture` shows into a plot, without its labels."""
     limit, (measurements, exponents) = colour_limit(spectra, length), spectra.shape
     plot.paint(colours(spectra.T, limit), plot.left, plot.right)
-    plot.label(title, "training step", "exponent", width=plot.right + 22 - plot.left)
     for column in ticks(measurements, 4):
         plot.mark_x((column + 0.5) / measurements, str(int(steps[column])))
     for row in ticks(exponents, 5):
