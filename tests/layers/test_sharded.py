@@ -30,6 +30,7 @@ from torch.testing import assert_close
 from lightning_lyapunov import LyapunovMonitor, jacobians, lyapunov_spectrum, register_layer
 from lightning_lyapunov.callbacks import measurement
 from lightning_lyapunov.layers.sharding import gathered
+from lightning_lyapunov.measuring import layers
 
 HIDDEN = 5
 
@@ -290,11 +291,11 @@ def test_a_process_whose_measurement_fails_makes_nan_of_all(what, tmp_path, monk
             raise torch.linalg.LinAlgError("no convergence")
         return working_dtype(*args)
 
-    working_dtype = measurement.working_dtype
+    working_dtype = layers.working_dtype
     if what == "layer_growth":
         monitor = failing_monitor(lambda _: torch.distributed.get_rank() == 1, every_n_train_steps=1)
     else:
-        monkeypatch.setattr(measurement, "working_dtype", fails_on_one)
+        monkeypatch.setattr(layers, "working_dtype", fails_on_one)
         monitor = LyapunovMonitor(every_n_train_steps=1)
     results = sharded(Sharded(each_layer, **LSTM), 2, tmp_path, monitor=monitor)
     assert_all_know_the_same(results)
