@@ -286,7 +286,7 @@ class _Watch:
         if waiting is None or self.recorded.mismatch is not None:
             return
         with torch.no_grad(), waiting.autocast():
-            self.recorded.mismatch = _repeat_plain(self._module, waiting.copied, waiting.as_one())
+            self.recorded.mismatch = _repeat_plain(self._module, waiting.copied, waiting.as_one(), few=None)
 
     def _compare(self, call: RecordedCall, surroundings: "_Surroundings | None") -> str | None:
         """Repeat a call; return how its results differ, None if they do not."""
@@ -296,7 +296,8 @@ class _Watch:
             if self._copy is None:  # its weights are spread over processes
                 return None
             if surroundings is None:
-                return _repeat_plain(self._module, self._copy, call)
+                few = few_members(self._module, call.arguments, call.results, _NUM_REPEATED)
+                return _repeat_plain(self._module, self._copy, call, few)
             return self._repeat(self._copy, call)
 
     def _repeat(self, copied: nn.Module, call: RecordedCall) -> str | None:
@@ -327,14 +328,12 @@ class _Waiting:
 
     def as_one(self) -> RecordedCall:
         """Return a call with the members of all."""
-        arguments, results = (
-            [_joined(leaves) for leaves in zip(*part, strict=True)] for part in zip(*self.calls, strict=True)
-        )
-        return RecordedCall(arguments, self._structure, results)
+        arguments, results = zip(*self.calls, strict=True)
 
+        def joined(part: tuple[list[Any], ...]) -> list[Any]:
+            return [torch.cat(leaves) if leaves[0] is not None else None for leaves in zip(*part, strict=True)]
 
-def _joined(leaves: tuple[Any, ...]) -> Any:
-    return torch.cat(leaves) if isinstance(leaves[0], Tensor) else None
+        return RecordedCall(joined(arguments), self._structure, joined(results))
 
 
 def _setting(module: nn.Module) -> tuple[Any, ...]:
@@ -356,12 +355,13 @@ def is_plain(module: nn.Module) -> bool:
     return is_own and not has_made_weights(module)
 
 
-def _repeat_plain(module: nn.Module, copied: nn.Module, call: RecordedCall) -> str | None:
-    """Repeat a call of one of torch's own layers or cells with a few members of the batch, and compare.
+def _repeat_plain(
+    module: nn.Module, copied: nn.Module, call: RecordedCall, few: tuple[list[Any], list[Any]] | None
+) -> str | None:
+    """Repeat a call of one of torch's own layers or cells, and compare: with a few members, or with all if None.
 
     Inter-layer dropout is left out: then only the last states of the first layer, below it, are compared.
     """
-    few = few_members(module, call.arguments, call.results, _NUM_REPEATED)
     arguments, returned = (call.arguments, call.results) if few is None else few
     drops = isinstance(module, nn.RNNBase) and module.training and module.dropout > 0 and module.num_layers > 1
 

@@ -700,12 +700,13 @@ def test_the_calls_of_a_cell_are_repeated_together_with_the_weights_of_each(make
 
 
 @cells
-def test_one_call_of_many_that_returned_something_else_is_found(make, monkeypatch):
+@pytest.mark.parametrize("wrong", range(6))
+def test_one_call_of_many_that_returned_something_else_is_found(make, wrong, monkeypatch):
     module, state = make(), None
     with Recording(module) as recording:
         for step in range(6):
             with monkeypatch.context() as patch:
-                if step == 3:
+                if step == wrong:
                     patch.setattr(torch._VF, VF_NAMES[type(module)], doubled(VF_NAMES[type(module)]))
                 state = module(torch.randn(BATCH, FEATURES), state)
     assert "is off by up to" in recording.recorder.take()["layer"].mismatch
