@@ -11,10 +11,10 @@ from lightning_lyapunov.callbacks.host import AnyCallback, EarlyStoppingReason
 from lightning_lyapunov.callbacks.monitor import LyapunovMonitor
 from lightning_lyapunov.callbacks.publish import Estimate, metrics_of
 from lightning_lyapunov.confidence import student_t_quantile
+from lightning_lyapunov.reporting.overview import UNSTABLE_DECADES
 
 __all__ = ["InstabilityStopping"]
 
-_DECADES = 2.0
 # The keys that can be watched: those of a largest exponent, and of the gain that it makes of one layer.
 _ALL, _GAIN = "lyapunov/max", "log10_gradient_gain"
 _SMALLEST = "lyapunov/smallest_max"
@@ -86,7 +86,7 @@ class InstabilityStopping(EarlyStopping, AnyCallback):  # type: ignore[misc]
         _check_thresholds(threshold, decades, lower_threshold)
         super().__init__(monitor, patience=patience, verbose=verbose)
         self.threshold, self.confidence, self.lower_threshold = threshold, confidence, lower_threshold
-        self.decades = _DECADES if threshold is None and decades is None else decades
+        self.decades = UNSTABLE_DECADES if threshold is None and decades is None else decades
         self._is_gain = monitor.endswith(f"/{_GAIN}")
         self._side, self._is_resumed = "", False
         self._start()

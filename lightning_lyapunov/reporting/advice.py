@@ -31,6 +31,8 @@ class _Estimate(Protocol):
     def layer(self) -> str: ...
     @property
     def length(self) -> float: ...
+    @property
+    def log10_gradient_gain(self) -> float: ...
 
 
 class _Bounds(NamedTuple):
@@ -138,8 +140,7 @@ def headline(estimate: _Estimate) -> tuple[str, str]:
         return f"{estimate.layer} {_filled(trouble.brief, estimate)}", trouble.tone
     if math.isnan(estimate.stderr) or math.isnan(estimate.length):
         return f"{estimate.layer}: {estimate.value:+.3g} nats per step", ""
-    gain = estimate.value * estimate.length / math.log(10)
-    return f"stable: {gain:+.1f} decades in {estimate.length:.0f} steps", ""
+    return f"stable: {estimate.log10_gradient_gain:+.1f} decades in {estimate.length:.0f} steps", ""
 
 
 def _trouble(estimate: _Estimate) -> _Trouble | None:
@@ -164,7 +165,7 @@ def _margin(estimate: _Estimate) -> float:
 
 def _filled(text: str, estimate: _Estimate) -> str:
     values: dict[str, Any] = {
-        "decades": estimate.value * estimate.length / math.log(10),
+        "decades": estimate.log10_gradient_gain,
         "length": estimate.length,
         "memory": -1 / estimate.value if estimate.value < 0 else math.inf,
     }

@@ -63,7 +63,6 @@ class Plot:
         top: its upper edge.
         bottom: its lower edge.
         image: the picture to draw on; None for a new one.
-        height: the height of a new picture.
     """
 
     def __init__(
@@ -74,13 +73,12 @@ class Plot:
         bottom: int = _BOTTOM,
         *,
         image: Any = None,
-        height: int = _HEIGHT,
     ) -> None:
         # Comes with tensorboard.
         from PIL import Image, ImageDraw
 
         self.left, self.right, self.top, self.bottom = left, right, top, bottom
-        self.image = Image.new("RGB", (WIDTH, height), _BACKGROUND) if image is None else image
+        self.image = Image.new("RGB", (WIDTH, _HEIGHT), _BACKGROUND) if image is None else image
         self.draw = ImageDraw.Draw(self.image)
 
     def x(self, share: Any) -> Any:
