@@ -38,6 +38,12 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _pictures_whatever_time_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The runs of the tests are so short that only their first and last pictures would be drawn.
+    monkeypatch.setattr("lightning_lyapunov.reporting.budget._MAX_TIME_SHARE", 1.0)
+
+
 @pytest.fixture(params=["cpu"] + (["cuda"] if torch.cuda.is_available() else []))
 def device(request: pytest.FixtureRequest) -> str:
     return request.param

@@ -49,7 +49,7 @@ class LyapunovMonitor(TrainerHooks):
         qr_interval: see :func:`~lightning_lyapunov.lyapunov_spectrum`.
         dtype: see :func:`~lightning_lyapunov.lyapunov_spectrum`.
         log_spectrum: log pictures and histograms of the spectra to the loggers that can show them: pictures whenever
-            the run is a quarter longer than at the last ones, and at its end.
+            the run is a quarter longer than at the last ones, if drawing takes at most 1 % of its time, and at its end.
         log_band: log the 95 % confidence band of the largest exponent of each cell to TensorBoard, too, as
             ``"lyapunov_band/<layer>/lower"`` and ``".../upper"``, for the charts of
             :func:`~lightning_lyapunov.lyapunov_layout`.

@@ -187,7 +187,12 @@ class Publisher:
                 logger.log_metrics({**epoch, **numbers}, step=step)
         self._undrawn = None
         if self._log_spectrum and trainer.is_global_zero and trainer.loggers:
-            self._show(trainer.loggers, list(cells), step, pictures=self._budget.is_due(step))
+            if self._budget.is_due(step):
+                with self._budget.drawing(step):
+                    self._show(trainer.loggers, list(cells), step)
+            else:
+                self._undrawn = list(cells), step
+                self._show(trainer.loggers, list(cells), step, pictures=False)
 
     def _judge_all(self, cells: list[str]) -> dict[str, float]:
         """Take note of the worst cells and of the advice; return what is logged of all cells together."""
@@ -250,8 +255,6 @@ class Publisher:
 
     def _show(self, loggers: Any, cells: list[str], step: int, *, numbers: bool = True, pictures: bool = True) -> None:
         """Log the numbers that loggers take beside scalars, and pictures of the worst cells."""
-        if not pictures:
-            self._undrawn = cells, step
         drawn = worst_cells(cells, {e.layer: e.value for e in self._measured.values()})
         shown = cells if self._log_band or len(cells) <= _MAX_LINES else sorted({*drawn, *filter(None, [self._worst])})
         history = self._history.tensors(shown, last_only=not pictures)

@@ -1,7 +1,9 @@
 """Which pictures of a run are drawn: so few that their size is bounded, however long the run and large the model."""
 
 import math
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 __all__ = ["MAX_PICTURED_CELLS", "NUM_WORST_CELLS", "PictureBudget", "worst_cells"]
 
@@ -13,24 +15,36 @@ NUM_WORST_CELLS = 4
 
 # The part of the run so far that may pass until pictures are drawn again.
 _MAX_AGE = 0.25
+# The share of a run's time that drawing may take, but for the first and the last pictures.
+_MAX_TIME_SHARE = 0.01
 
 
 class PictureBudget:
-    """Draw at the first measurement, and then whenever a run is a quarter longer than at the last drawing.
+    """Draw whenever a run is a quarter longer than at the last drawing, and drawing has taken 1 % of its time at most.
 
-    So pictures are never older than a fifth of the run, and their number grows with the logarithm of its length: 28
-    drawings in 1,000 measurements, 49 in 100,000. The last measurement of a run is drawn in addition, if it was not.
+    So the number of pictures grows with the logarithm of the length of the run: at most 28 drawings in 1,000
+    measurements, 49 in 100,000. The first measurement is drawn, and the last of a run in addition, if it was not.
+
+    Args:
+        clock: tells the time, in seconds.
     """
 
-    def __init__(self) -> None:
-        self._next = -math.inf
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._next_step = self._next_time = -math.inf
 
     def is_due(self, step: int) -> bool:
-        """Return whether to draw at a step, and count it as drawn."""
-        if step < self._next:
-            return False
-        self._next = step + max(1.0, _MAX_AGE * step)
-        return True
+        """Return whether to draw at a step."""
+        return step >= self._next_step and self._clock() >= self._next_time
+
+    @contextmanager
+    def drawing(self, step: int) -> Iterator[None]:
+        """Count what is done in this context as the drawing at a step."""
+        start = self._clock()
+        yield
+        end = self._clock()
+        self._next_step = step + max(1.0, _MAX_AGE * step)
+        self._next_time = end + (end - start) * (1 - _MAX_TIME_SHARE) / _MAX_TIME_SHARE
 
 
 def worst_cells(cells: Iterable[str], largest: Mapping[str, float]) -> list[str]:

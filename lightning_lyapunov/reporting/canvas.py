@@ -135,13 +135,15 @@ class Plot:
         self.image.paste(Image.fromarray(colours).resize(size, Image.Resampling.NEAREST), (left, self.top))
         self.frame(left, right)
 
-    def fill_between(self, x: NDArray[Any], lower: NDArray[Any], upper: NDArray[Any]) -> None:
+    def fill_between(
+        self, x: NDArray[Any], lower: NDArray[Any], upper: NDArray[Any], colour: tuple[int, ...] = _BAND
+    ) -> None:
         if len(x):
             outline = [*zip(x, upper, strict=True), *zip(x[::-1], lower[::-1], strict=True)]
-            self.draw.polygon(outline, _BAND, _BAND)
+            self.draw.polygon(outline, colour, colour)
         # A band of one exponent is a bar.
         for column, bottom, top in zip(x, lower, upper, strict=True):
-            self.draw.line((column, bottom, column, top), _BAND, 5)
+            self.draw.line((column, bottom, column, top), colour, 5)
 
     def join(self, x: NDArray[Any], y: NDArray[Any], values: NDArray[Any], radius: float) -> None:
         """Draw a line with dots in the colours of what grows and what shrinks."""

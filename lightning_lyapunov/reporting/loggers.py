@@ -94,9 +94,10 @@ def log_spectra(
         _add_texts(logger, overview, (units or {}).get(overview.worst), step)
     if pictures and show and overview is not None:
         worst, sentence, tone, _ = overview
-        options = {"quantile": (quantiles or {}).get(worst, _QUANTILE), "length": (lengths or {}).get(worst, math.nan)}
+        length = (lengths or {}).get(worst, math.nan)
         arrays = {name: {key: values.numpy() for key, values in one.items()} for name, one in history.items()}
-        show(_OVERVIEW, overview_picture(arrays, worst, sentence, tone=tone, **options), step)
+        picture = overview_picture(arrays, worst, sentence, tone=tone, quantiles=quantiles, length=length)
+        show(_OVERVIEW, picture, step)
     for layer, measurements in history.items():
         half_width = (quantiles or {}).get(layer, _QUANTILE) * measurements["stderr"][-1].numpy()
         is_drawn = layer in layers

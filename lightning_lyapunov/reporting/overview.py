@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +30,20 @@ UNSTABLE_DECADES = 2.0
 # Both plots in a picture of the usual size: TensorBoard fits a picture into the height of a card.
 _LEFT, _RIGHT, _TOPS, _BOTTOMS = 150, 610, (52, 296), (254, 486)
 _UNSTABLE_INK = (205, 120, 115)
-_UNSTABLE, _OTHER = (250, 221, 217), (150, 150, 150)
+_UNSTABLE, _OTHER, _OTHER_BAND = (250, 221, 217), (150, 150, 150), (226, 226, 226)
 _TONES = {"grows": GROWS, "forgets": SHRINKS}
+
+
+class _Curve(NamedTuple):
+    """The largest exponent of a cell, at the columns of those measurements of the worst cell that have it."""
+
+    columns: NDArray[np.int_]
+    values: NDArray[Any]
+    half_width: NDArray[Any]
+
+    @property
+    def bounds(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        return self.values - self.half_width, self.values + self.half_width
 
 
 def overview_picture(
@@ -40,14 +52,14 @@ def overview_picture(
     sentence: str,
     *,
     tone: str = "",
-    quantile: float = 1.96,
+    quantiles: Mapping[str, float] | None = None,
     length: float = math.nan,
 ) -> NDArray[np.uint8]:
     """Draw the largest exponent of every cell over training, and below it the spectrum of the worst cell.
 
-    The upper part shows the worst cell in strong colour with its 95 % band, the others in grey, the line of zero, and
-    shaded what makes a gradient grow by more than two decades over the sequences. Both parts share the axis of steps:
-    one column for each measurement.
+    The upper part shows the worst cell in strong colour and the others in grey, each with its 95 % band, the line of
+    zero, and shaded what makes a gradient grow by more than two decades over the sequences. Both parts share the axis
+    of steps: one column for each measurement.
 
     Args:
         history: for each cell ``"step"``, ``(m,)``, ``"spectrum"`` and ``"stderr"``, ``(m, num_exponents)``, nats per
@@ -55,43 +67,18 @@ def overview_picture(
         worst: the cell to name.
         sentence: what it means, in a few words.
         tone: ``"grows"`` or ``"forgets"``: the colour of the sentence and the curve; "" for neither.
-        quantile: how many standard errors the band reaches to either side.
+        quantiles: for each cell how many standard errors its band reaches to either side; 1.96 for those not named.
         length: the steps of the sequences of the worst cell; NaN if they are not known.
 
     Returns:
         An RGB picture, ``(height, width, 3)``.
     """
     upper = Plot(_LEFT, _RIGHT, _TOPS[0], _BOTTOMS[0])
-    colour = _TONES.get(tone, INK)
-    upper.write(20, 24, sentence, "lm", WIDTH - 40, colour)
-    series = {cell: np.asarray(values["spectrum"])[:, 0].astype(float) for cell, values in history.items()}
+    upper.write(20, 24, sentence, "lm", WIDTH - 40, _TONES.get(tone, INK))
     steps = np.asarray(history[worst]["step"])
-    half_width = quantile * np.asarray(history[worst]["stderr"])[:, 0]
-    limit = UNSTABLE_DECADES * math.log(10) / length
-    low, high = _limits(series, half_width, worst, limit)
-
-    def y(value: Any) -> Any:
-        return np.clip(upper.y((high - value) / (high - low)), upper.top, upper.bottom - 1)
-
-    if limit < high:
-        upper.draw.rectangle((upper.left, upper.top, upper.right - 1, float(y(limit))), _UNSTABLE)
-        if y(limit) - upper.top > 30:
-            upper.write(upper.right - 12, float(y(limit)) - 18, "unstable", "rm", colour=_UNSTABLE_INK)
-    columns = {int(step): index for index, step in enumerate(steps)}
-    for cell, values in series.items():
-        if cell != worst:
-            places = [columns.get(int(step), -1) for step in np.asarray(history[cell]["step"])]
-            _join(upper, _x(upper, places, len(steps)), y(values), resolved(values) & (np.array(places) >= 0), _OTHER)
-    x, known = _x(upper, range(len(steps)), len(steps)), resolved(series[worst])
-    band = known & np.isfinite(half_width)
-    upper.fill_between(x[band], y(series[worst] - half_width)[band], y(series[worst] + half_width)[band])
-    upper.frame(upper.left, upper.right)
-    upper.draw.line((upper.left, float(y(0)), upper.right - 1, float(y(0))), INK, THIN)
-    _join(upper, x, y(series[worst]), known, colour, width=2 * THIN, dots=True)
-    _name(upper, worst, y(series[worst]), known, colour, len(series))
-    upper.label_y("largest exponent")
-    for value in round_numbers(low, high):
-        upper.mark_y((high - value) / (high - low), f"{value:+.6g}" if value else "0")
+    columns = {int(step): column for column, step in enumerate(steps)}
+    curves = {cell: _curve(one, columns, (quantiles or {}).get(cell, 1.96)) for cell, one in history.items()}
+    _draw_curves(upper, curves, worst, len(steps), _TONES.get(tone, INK), UNSTABLE_DECADES * math.log(10) / length)
     lower = Plot(_LEFT, _RIGHT, _TOPS[1], _BOTTOMS[1], image=upper.image)
     draw_map(lower, steps, np.asarray(history[worst]["spectrum"]), length)
     lower.label_y("all exponents")
@@ -99,17 +86,47 @@ def overview_picture(
     return np.asarray(upper.image)
 
 
-def _x(plot: Plot, columns: Any, count: int) -> NDArray[Any]:
-    return np.asarray(plot.x((np.asarray(columns) + 0.5) / count))
+def _curve(measurements: Mapping[str, Any], columns: Mapping[int, int], quantile: float) -> _Curve:
+    places = np.array([columns.get(int(step), -1) for step in measurements["step"]])
+    values, errors = (np.asarray(measurements[key])[places >= 0, 0].astype(float) for key in ("spectrum", "stderr"))
+    return _Curve(places[places >= 0], values, quantile * errors)
 
 
-def _limits(
-    series: Mapping[str, NDArray[Any]], half_width: NDArray[Any], worst: str, limit: float
-) -> tuple[float, float]:
+def _draw_curves(
+    plot: Plot, curves: Mapping[str, _Curve], worst: str, num_steps: int, colour: tuple[int, ...], limit: float
+) -> None:
+    """Draw all curves, the worst last, with the axes and what is unstable."""
+    low, high = _limits(curves, worst, limit)
+
+    def y(value: Any) -> Any:
+        return np.clip(plot.y((high - value) / (high - low)), plot.top, plot.bottom - 1)
+
+    if limit < high:
+        plot.draw.rectangle((plot.left, plot.top, plot.right - 1, float(y(limit))), _UNSTABLE)
+    in_order = [*(curve for cell, curve in curves.items() if cell != worst), curves[worst]]
+    xs = [np.asarray(plot.x((curve.columns + 0.5) / num_steps)) for curve in in_order]
+    for x, curve in zip(xs, in_order, strict=True):
+        banded = resolved(curve.values) & np.isfinite(curve.half_width)
+        lower, upper = (y(bound)[banded] for bound in curve.bounds)
+        plot.fill_between(x[banded], lower, upper, *([] if curve is curves[worst] else [_OTHER_BAND]))
+    if limit < high and y(limit) - plot.top > 30:
+        plot.write(plot.right - 12, float(y(limit)) - 18, "unstable", "rm", colour=_UNSTABLE_INK)
+    plot.frame(plot.left, plot.right)
+    plot.draw.line((plot.left, float(y(0)), plot.right - 1, float(y(0))), INK, THIN)
+    for x, curve in zip(xs[:-1], in_order[:-1], strict=True):
+        _join(plot, x, y(curve.values), resolved(curve.values), _OTHER)
+    heights, known = y(curves[worst].values), resolved(curves[worst].values)
+    _join(plot, xs[-1], heights, known, colour, width=2 * THIN, dots=True)
+    _name(plot, worst, heights, known, colour, len(curves))
+    plot.label_y("largest exponent")
+    for value in round_numbers(low, high):
+        plot.mark_y((high - value) / (high - low), f"{value:+.6g}" if value else "0")
+
+
+def _limits(curves: Mapping[str, _Curve], worst: str, limit: float) -> tuple[float, float]:
     """Return the range of the upper plot: nearly all values, and where it is close the limit of what is unstable."""
-    values = np.concatenate([one[resolved(one)] for one in series.values()])
-    bounds = np.concatenate((series[worst] - half_width, series[worst] + half_width))
-    shown = np.concatenate((values, bounds[resolved(bounds)]))
+    values = np.concatenate([curve.values for curve in curves.values()] + [*curves[worst].bounds])
+    shown = values[resolved(values)]
     if not len(shown):
         return limits_around(np.array([-1.0, 1.0]))
     low, high = np.quantile(shown, (0.02, 0.98)) if len(shown) > 100 else (shown.min(), shown.max())

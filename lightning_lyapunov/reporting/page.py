@@ -68,7 +68,7 @@ def save_page(
     cells = {one.layer: one for key, one in estimates.items() if key == f"lyapunov/{one.layer}/max"}
     quantiles = {name: student_t_quantile(0.975, one.num_sequences - 1) for name, one in cells.items()}
     sentence, tone = headline(worst)
-    options: dict[str, Any] = {"tone": tone, "quantile": quantiles.get(worst.layer, 1.96), "length": worst.length}
+    options: dict[str, Any] = {"tone": tone, "quantiles": quantiles, "length": worst.length}
     spectra = [_spectra(name, one, cells.get(name), quantiles.get(name, 1.96)) for name, one in arrays.items()]
     page = _PAGE.format(
         sentence=html.escape(sentence),

@@ -3,12 +3,14 @@
     python tests/benchmarks/bench_monitor.py overhead [--device cuda] [--pairs 5] [--steps 500]
     python tests/benchmarks/bench_monitor.py windows [--device cuda]
     python tests/benchmarks/bench_monitor.py large [--device cuda]
+    python tests/benchmarks/bench_monitor.py measurement [--device cuda]
 
 `overhead` trains a character LSTM (256 units, batch 64, windows of 100) for an epoch, with and without the monitor in
 turn. `windows` measures the largest exponent of initialised and trained networks as the monitor does, in windows from a
 state of zeros and averaged over 16 sequences, and compares it with a run of 10,000 steps of the same network. `large`
 compares the growth in one large layer with the products of 16 vectors and its weight alone, and a measurement of models
-with many cells, with TensorBoard, with a training step.
+with many cells, with TensorBoard, with a training step. `measurement` compares a measurement of four usual layers, with
+TensorBoard and its share of the pictures, with a training step of the same model.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import tempfile
 import time
 import warnings
 from itertools import pairwise
+from unittest.mock import patch
 
 import lightning as L
 import torch
@@ -34,11 +37,11 @@ CHARACTERS, WINDOW, BATCH = 96, 100, 64
 
 
 class CharacterModel(L.LightningModule):
-    def __init__(self) -> None:
+    def __init__(self, rnn: nn.RNNBase | None = None) -> None:
         super().__init__()
         self.embedding = nn.Embedding(CHARACTERS, 64)
-        self.rnn = nn.LSTM(64, 256, batch_first=True)
-        self.head = nn.Linear(256, CHARACTERS)
+        self.rnn = rnn or nn.LSTM(64, 256, batch_first=True)
+        self.head = nn.Linear(self.rnn.hidden_size, CHARACTERS)
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         (characters,) = batch
@@ -185,9 +188,10 @@ class ManyCells(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 1e-3)
 
 
-def batch_seconds(model: L.LightningModule, every: int, device: str) -> list[float]:
-    """Return the CPU seconds of each of twelve batches, with a measurement every so many of them."""
-    data = DataLoader(TensorDataset(torch.randn(12 * 16, 20, 8)), 16)
+def batch_seconds(
+    model: L.LightningModule, data: DataLoader, device: str, monitor: LyapunovMonitor | None = None
+) -> list[float]:
+    """Return the CPU seconds of each batch, with TensorBoard; the last is with the end of the run."""
     marks: list[float] = []
     clock = L.pytorch.callbacks.LambdaCallback(
         on_train_batch_start=lambda *_: marks.append(time.process_time()),
@@ -202,27 +206,63 @@ def batch_seconds(model: L.LightningModule, every: int, device: str) -> list[flo
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[clock, LyapunovMonitor(every_n_train_steps=every)],
+            callbacks=[monitor, clock] if monitor else [clock],
         )
         trainer.fit(model, data)
     return [after - before for before, after in pairwise(marks)]
 
 
 def many_cells(device: str) -> None:
-    print("with TensorBoard: CPU seconds of a training step, and of a measurement with and without pictures")
+    print("with TensorBoard: CPU seconds of a training step, and of a measurement without and with pictures")
+    data = DataLoader(TensorDataset(torch.randn(12 * 16, 20, 8)), 16)
     for stacked, beside in ((100, 1), (1, 100), (1, 1000)):
-        step = statistics.median(batch_seconds(ManyCells(stacked, beside), 10**6, device)[1:])
-        budget, drawn, plain = PictureBudget(), [], []
-        for number, seconds in enumerate(batch_seconds(ManyCells(stacked, beside), 1, device)[:-1]):
-            (drawn if budget.is_due(number) else plain).append(seconds - step)
-        columns = f"{step:8.3f} {statistics.median(drawn[1:]):8.3f} {statistics.median(plain):8.3f}"
+        step = statistics.median(batch_seconds(ManyCells(stacked, beside), data, device)[1:])
+        columns = f"{step:8.3f}"
+        for pictures in (False, True):
+            with patch.object(PictureBudget, "is_due", lambda *_, due=pictures: due):
+                seconds = batch_seconds(
+                    ManyCells(stacked, beside), data, device, LyapunovMonitor(every_n_train_steps=1)
+                )
+            columns += f" {statistics.median(seconds[1:-1]) - step:8.3f}"
         print(f"{beside:5} layers of {stacked:3} {columns}", flush=True)
+
+
+def measurement(device: str) -> None:
+    print(
+        "with TensorBoard: CPU seconds of a training step and of a measurement, one every 4 of 100 steps, and in steps:"
+    )
+    print("all of it, and without pictures; medians of 3 runs")
+    data = DataLoader(TensorDataset(torch.randint(CHARACTERS, (100 * BATCH, WINDOW + 1))), BATCH)
+    for name, kind, units, num_layers in (
+        ("LSTM-256", nn.LSTM, 256, 1),
+        ("GRU-256", nn.GRU, 256, 1),
+        ("GRU-128x2", nn.GRU, 128, 2),
+        ("RNN-64", nn.RNN, 64, 1),
+    ):
+        rows = []
+        for _ in range(3):
+            model = CharacterModel(kind(64, units, num_layers, batch_first=True))
+            plain = batch_seconds(model, data, device)[1:]
+            total = [
+                sum(
+                    batch_seconds(model, data, device, LyapunovMonitor(every_n_train_steps=4, log_spectrum=pictures))[
+                        1:
+                    ]
+                )
+                for pictures in (True, False)
+            ]
+            step = statistics.median(plain)
+            # The measurement at the first batch is left out.
+            all_of_it, bare = ((seconds - step * len(plain)) / (len(plain) // 4) for seconds in total)
+            rows.append((step, all_of_it, all_of_it / step, bare / step))
+        step, seconds, ratio, bare = (statistics.median(column) for column in zip(*rows, strict=True))
+        print(f"{name:10} {step:8.3f} {seconds:8.3f} {ratio:6.2f} {bare:6.2f}", flush=True)
 
 
 def main() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("overhead", "windows", "large"))
+    parser.add_argument("what", choices=("overhead", "windows", "large", "measurement"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=500)
@@ -231,6 +271,8 @@ def main() -> None:
         overhead(arguments.steps, arguments.pairs, arguments.device)
     elif arguments.what == "windows":
         windows(arguments.device)
+    elif arguments.what == "measurement":
+        measurement(arguments.device)
     else:
         many_cells(arguments.device)
         large_layers(arguments.device)

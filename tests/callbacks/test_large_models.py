@@ -13,6 +13,7 @@ from lightning_lyapunov import LyapunovMonitor
 from lightning_lyapunov.layers.discovery import find_layers
 from lightning_lyapunov.measuring.summaries import CellSamples, CellSummaries, summarised
 from lightning_lyapunov.metrics import LyapunovSummary
+from lightning_lyapunov.reporting import budget
 from lightning_lyapunov.reporting.budget import MAX_PICTURED_CELLS, NUM_WORST_CELLS, PictureBudget, worst_cells
 
 
@@ -95,9 +96,17 @@ def logger(tmp_path):
     return TensorBoardLogger(tmp_path)
 
 
-def drawn_of(steps):
-    budget = PictureBudget()
-    return [step for step in steps if budget.is_due(step)]
+def drawn_of(steps, seconds=0.0, cost=0.0):
+    """Return which steps are drawn, ``seconds`` apart, if a drawing takes ``cost`` seconds."""
+    now = 0.0
+    pictures, drawn = PictureBudget(lambda: now), []
+    for step in steps:
+        now += seconds
+        if pictures.is_due(step):
+            drawn.append(step)
+            with pictures.drawing(step):
+                now += cost
+    return drawn
 
 
 @pytest.mark.parametrize(("count", "drawings"), [(20, 11), (1_000, 28), (100_000, 49)])
@@ -107,6 +116,18 @@ def test_the_number_of_drawings_grows_with_the_logarithm_of_the_run(every, count
     assert abs(len(drawn) - drawings) <= 1
     # What is shown is never older than a fifth of the run, beyond the one measurement in between.
     assert all(later <= 1.25 * earlier + every for earlier, later in pairwise(drawn))
+
+
+@pytest.mark.parametrize("cost", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("seconds", [0.05, 1.0, 20.0])
+def test_drawing_takes_one_percent_of_the_time_of_a_run(seconds, cost, monkeypatch):
+    monkeypatch.undo()  # see `conftest.py`
+    count = 1_000
+    drawn = drawn_of(range(count), seconds, cost)
+    assert drawn[0] == 0
+    assert (len(drawn) - 1) * cost <= 0.01 * (count * seconds + len(drawn) * cost)
+    # Where a drawing is cheap beside what lies between, no picture is left out for its time.
+    assert (drawn == drawn_of(range(count))) == (seconds >= 99 * cost)
 
 
 def test_a_resumed_run_draws_at_its_first_measurement():
@@ -121,6 +142,13 @@ def test_pictures_of_a_run_are_bounded_and_the_last_measurement_has_one(logger):
     assert len(shown.images) == 3 * len(shown.drawn_at())
     # What is small comes at every measurement, and only once.
     assert [step for step, _ in shown.histograms] == shown.texts == list(range(60))
+
+
+def test_a_slow_drawing_is_not_soon_repeated_but_at_the_end(logger, monkeypatch):
+    monkeypatch.setattr(budget, "_MAX_TIME_SHARE", 1e-9)
+    shown, monitor = Shown(logger), LyapunovMonitor(every_n_train_steps=1, max_steps=2, warmup=0)
+    fit(Regressor("RNN", 1, lr=0.0), monitor, data=series(12, time=2), max_epochs=1, logger=logger)
+    assert shown.drawn_at() == [0, 11]
 
 
 class StopError(Exception):

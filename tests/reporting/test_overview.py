@@ -56,6 +56,15 @@ def test_the_overview_shows_the_worst_cell_in_its_colour_and_the_others_in_grey(
     assert (count(upper, (150, 150, 150)) > 300) == (num_cells > 1)
 
 
+def test_each_cell_has_its_band():
+    cells = history(0.3, -0.3)
+    narrow, wide = (overview_picture(cells, "rnn.l0", "", quantiles={"rnn.l1": q}, length=60) for q in (1.0, 5.0))
+    for colour, grows in (((226, 226, 226), True), ((200, 200, 200), False)):
+        pixels = [count(picture[52:254, 150:610], colour) for picture in (narrow, wide)]
+        assert min(pixels) > 300
+        assert (pixels[1] > 3 * pixels[0]) == grows
+
+
 @pytest.mark.parametrize(("length", "shaded"), [(1000, True), (60, True), (4, False), (math.nan, False)])
 def test_what_is_unstable_is_shaded_where_it_is_near(length, shaded):
     picture = overview_picture(history(0.2), "rnn.l0", "", length=length)
