@@ -99,11 +99,8 @@ class Diagonal:
     def __init__(self) -> None:
         self.stretches: list[int] = []
 
-    def trajectory(self, inputs: Tensor, state: Tensor) -> Tensor:
-        return state.expand(len(inputs), *state.shape)
-
-    def linearise(self, states: Tensor, inputs: Tensor) -> tuple[Tensor]:
-        return (inputs,)
+    def linearised_trajectory(self, inputs: Tensor, state: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+        return state.expand(len(inputs), *state.shape), (inputs,)
 
     def push_forward(self, linearised: Sequence[Tensor], frame: Tensor) -> Tensor:
         (inputs,) = linearised

@@ -256,12 +256,6 @@ class LSTMRecurrence(_GatedRecurrence):
         self.state_size = self.output_size + self.cell_size
         self.dense_rows = 2 * self.cell_size
 
-    def _gates(self, states: Tensor, drive: Tensor) -> tuple[Tensor, ...]:
-        """Return the arguments of ``i``, ``f``, ``g`` and ``o``, then ``c`` and ``c'``."""
-        hidden, cell = self._parts(states)
-        i, f, g, o = (drive + self._recur(hidden)).chunk(4, -1)
-        return i, f, g, o, cell, f.sigmoid() * cell + i.sigmoid() * g.tanh()
-
     def _parts(self, states: Tensor) -> tuple[Tensor, Tensor]:
         hidden, cell = states.split((self.output_size, self.cell_size), -1)
         return hidden, cell
@@ -270,14 +264,43 @@ class LSTMRecurrence(_GatedRecurrence):
         return u if self.weight_hr is None else F.linear(u, self.weight_hr.to(u.dtype))
 
     def _advance(self, state: Tensor, drive: Tensor) -> Tensor:
-        *_, o, _, cell = self._gates(state, drive)
-        return torch.cat((self._project(o.sigmoid() * cell.tanh()), cell), -1)
+        hidden, cell = self._parts(state)
+        return self._next_state(drive + self._recur(hidden), cell)
+
+    def _next_state(self, arguments: Tensor, cell: Tensor) -> Tensor:
+        """Return the next state, given the arguments of ``i``, ``f``, ``g`` and ``o`` side by side, and ``c``."""
+        next_cell = self._next_cell(arguments, cell)
+        return torch.cat((self._project(arguments.chunk(4, -1)[3].sigmoid() * next_cell.tanh()), next_cell), -1)
+
+    @staticmethod
+    def _next_cell(arguments: Tensor, cell: Tensor) -> Tensor:
+        i, f, g, _ = arguments.chunk(4, -1)
+        return f.sigmoid() * cell + i.sigmoid() * g.tanh()
+
+    def linearised_trajectory(self, inputs: Tensor, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        # The products of a trajectory, one step after the other, take a sixth of a measurement: they are kept.
+        path, arguments = [state], []
+        for drive in self._drive(inputs):
+            hidden, cell = self._parts(path[-1])
+            arguments.append(drive + self._recur(hidden))
+            path.append(self._next_state(arguments[-1], cell))
+        states = torch.stack(path)
+        _, cells = self._parts(states)
+        return states[1:], self._factors(torch.stack(arguments), cells[:-1], cells[1:])
 
     def linearise(self, states: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
-        i, f, g, o, cell, next_cell = self._gates(states, self._drive(inputs))
-        through_cell = g.tanh() * _sigmoid_slope(i), cell * _sigmoid_slope(f), i.sigmoid() * _tanh_slope(g)
-        through_output = next_cell.tanh() * _sigmoid_slope(o)
-        return *through_cell, through_output, f.sigmoid(), o.sigmoid() * _tanh_slope(next_cell)
+        hidden, cell = self._parts(states)
+        arguments = self._drive(inputs) + self._recur(hidden)
+        return self._factors(arguments, cell, self._next_cell(arguments, cell))
+
+    @staticmethod
+    def _factors(arguments: Tensor, cell: Tensor, next_cell: Tensor) -> tuple[Tensor, ...]:
+        i, f, g, o = arguments.chunk(4, -1)
+        i_gate, f_gate, o_gate = i.sigmoid(), f.sigmoid(), o.sigmoid()
+        # As in `_sigmoid_slope`, with the gates at hand.
+        i_slope, f_slope, o_slope = i_gate * (-i).sigmoid(), f_gate * (-f).sigmoid(), o_gate * (-o).sigmoid()
+        through_cell = g.tanh() * i_slope, cell * f_slope, i_gate * _tanh_slope(g)
+        return *through_cell, next_cell.tanh() * o_slope, f_gate, o_gate * _tanh_slope(next_cell)
 
     def _push(self, vectors: Tensor, *factors: Tensor) -> Tensor:
         *through_cell, through_output, forget, expose = factors

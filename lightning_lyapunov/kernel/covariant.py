@@ -105,8 +105,7 @@ def _factorise(
     recurrence: Recurrence, inputs: Tensor, running: Tensor, carried: _Carried
 ) -> tuple[list[Tensor], list[Tensor], _Carried]:
     """Return the frame before each step and its triangular factor, and what is carried on after them."""
-    states = recurrence.trajectory(inputs, carried.state)
-    linearised = recurrence.linearise(torch.cat((carried.state.unsqueeze(0), states[:-1])), inputs)
+    states, linearised = recurrence.linearised_trajectory(inputs, carried.state)
     maps = recurrence.step_maps(linearised, carried.frame.shape[-1])
     frames, factors = [], []
     for push, state, goes_on in zip(maps, states, running, strict=True):

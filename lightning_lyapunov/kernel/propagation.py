@@ -34,11 +34,8 @@ class TangentMap(Protocol):
 
     state_size: int
 
-    def trajectory(self, inputs: Tensor, state: Tensor) -> Tensor:
-        """Return the states after each step."""
-
-    def linearise(self, states: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
-        """Return what the push forward reads of some steps."""
+    def linearised_trajectory(self, inputs: Tensor, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the states after each step, and what the push forward reads of the steps."""
 
     def push_forward(self, linearised: Sequence[Tensor], frame: Tensor) -> Tensor:
         """Return the tangent vectors after all steps."""
@@ -156,15 +153,13 @@ class FramePropagator:
         growth = torch.zeros_like(self.alive, dtype=widest_dtype(self.state.device))
         while len(inputs):
             block, inputs = inputs[: (size := self._block_size())], inputs[size:]
-            states = self.tangent_map.trajectory(block, self.state)
-            before = torch.cat((self.state.unsqueeze(0), states[:-1]))
-            linearised = list(self.tangent_map.linearise(before, block))
+            states, linearised = self.tangent_map.linearised_trajectory(block, self.state)
             while len(states):
                 steps, stretch_growth = self._push(linearised)
                 self.state = states[steps - 1]
                 self.finite = self.finite & self.state.isfinite().all(-1)
                 growth += stretch_growth
-                states, linearised = states[steps:], [part[steps:] for part in linearised]
+                states, linearised = states[steps:], tuple(part[steps:] for part in linearised)
                 more = len(states) + len(inputs)
                 if self.oblique and not (self.controller.current.is_oblique and more):
                     growth += self._orthonormalise(self.frame)[0]
@@ -175,7 +170,7 @@ class FramePropagator:
         steps, interval = min(_BLOCK_STEPS, _MAX_BLOCK_ELEMENTS // self.state.numel()), self.controller.interval
         return max(1, steps // interval) * interval
 
-    def _push(self, linearised: list[Tensor]) -> tuple[int, Tensor]:
+    def _push(self, linearised: Sequence[Tensor]) -> tuple[int, Tensor]:
         """Advance as many steps as conditioning allows; return their number and the growth of each direction."""
         controller = self.controller
         steps = controller.first_try(len(linearised[0]))

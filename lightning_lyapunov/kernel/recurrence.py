@@ -72,6 +72,11 @@ class Recurrence(ABC):
             states.append(state)
         return torch.stack(states)
 
+    def linearised_trajectory(self, inputs: Tensor, state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the states after each step, and what :meth:`linearise` returns for the steps."""
+        states = self.trajectory(inputs, state)
+        return states, self.linearise(torch.cat((state.unsqueeze(0), states[:-1])), inputs)
+
     def output(self, states: Tensor) -> Tensor:
         """Return what the layer above sees of ``states``, ``(..., output)``."""
         return states

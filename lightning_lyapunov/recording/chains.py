@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -268,9 +270,13 @@ def _latest(tracks: dict[int, _Track], row: int) -> "_Track | None":
 
 
 def _keys(states: Tensor) -> list[bytes]:
-    """Return the states of each member as bytes. Adding zero makes one of both zeros."""
-    rows = states.detach().double().add(0.0).movedim(1, 0).flatten(1).cpu().contiguous().numpy()
-    return [row.tobytes() for row in rows]
+    """Return the states of each member as bytes."""
+    return [row.tobytes() for row in _numbers(states.movedim(1, 0))]
+
+
+def _numbers(values: Tensor) -> NDArray[np.float64]:
+    """Return values of any precision in float64. Adding zero makes one of both zeros."""
+    return values.detach().double().add(0.0).cpu().contiguous().numpy()
 
 
 class _Sequence(NamedTuple):
@@ -311,7 +317,7 @@ def _distinct(sequences: list[_Sequence]) -> list[_Sequence]:
     distinct = []
     for sequence in sequences:
         inputs = sequence.inputs.detach()
-        (first,) = _keys(inputs[:1].flatten(1).unsqueeze(0))
+        first = _numbers(inputs[0]).tobytes()
         alike = seen.setdefault((sequence.key, inputs.shape, first), [])
         if not any(torch.equal(inputs, other) for other in alike):
             alike.append(inputs)

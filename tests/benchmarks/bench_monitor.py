@@ -227,12 +227,20 @@ def many_cells(device: str) -> None:
         print(f"{beside:5} layers of {stacked:3} {columns}", flush=True)
 
 
+def measurement_and_step(
+    model: L.LightningModule, data: DataLoader, device: str, *, pictures: bool
+) -> tuple[float, float]:
+    """Return the mean CPU seconds of a measurement after the first and the median of a training step, of one run."""
+    seconds = batch_seconds(model, data, device, LyapunovMonitor(every_n_train_steps=4, log_spectrum=pictures))
+    measured = seconds[3::4]
+    step = statistics.median(second for number, second in enumerate(seconds) if number and number % 4 != 3)
+    return statistics.mean(measured) - step, step
+
+
 def measurement(device: str) -> None:
-    print(
-        "with TensorBoard: CPU seconds of a training step and of a measurement, one every 4 of 100 steps, and in steps:"
-    )
-    print("all of it, and without pictures; medians of 3 runs")
-    data = DataLoader(TensorDataset(torch.randint(CHARACTERS, (100 * BATCH, WINDOW + 1))), BATCH)
+    print("with TensorBoard, every 4 of 60 steps: CPU seconds of a training step and of a measurement, and in steps:")
+    print("all of it, and without pictures; medians of 5 runs")
+    data = DataLoader(TensorDataset(torch.randint(CHARACTERS, (60 * BATCH, WINDOW + 1))), BATCH)
     for name, kind, units, num_layers in (
         ("LSTM-256", nn.LSTM, 256, 1),
         ("GRU-256", nn.GRU, 256, 1),
@@ -240,23 +248,13 @@ def measurement(device: str) -> None:
         ("RNN-64", nn.RNN, 64, 1),
     ):
         rows = []
-        for _ in range(3):
+        for _ in range(5):
             model = CharacterModel(kind(64, units, num_layers, batch_first=True))
-            plain = batch_seconds(model, data, device)[1:]
-            total = [
-                sum(
-                    batch_seconds(model, data, device, LyapunovMonitor(every_n_train_steps=4, log_spectrum=pictures))[
-                        1:
-                    ]
-                )
-                for pictures in (True, False)
-            ]
-            step = statistics.median(plain)
-            # The measurement at the first batch is left out.
-            all_of_it, bare = ((seconds - step * len(plain)) / (len(plain) // 4) for seconds in total)
-            rows.append((step, all_of_it, all_of_it / step, bare / step))
-        step, seconds, ratio, bare = (statistics.median(column) for column in zip(*rows, strict=True))
-        print(f"{name:10} {step:8.3f} {seconds:8.3f} {ratio:6.2f} {bare:6.2f}", flush=True)
+            whole, step = measurement_and_step(model, data, device, pictures=True)
+            bare, same = measurement_and_step(model, data, device, pictures=False)
+            rows.append((step, whole, whole / step, bare / same))
+        step, whole, ratio, bare = (statistics.median(column) for column in zip(*rows, strict=True))
+        print(f"{name:10} {step:8.3f} {whole:8.3f} {ratio:6.2f} {bare:6.2f}", flush=True)
 
 
 def main() -> None:

@@ -72,6 +72,18 @@ def test_pushing_through_several_steps_is_the_product_in_the_order_of_time(cell,
     assert_near(pushed[0], expected)
 
 
+@cells
+def test_a_trajectory_is_linearised_as_its_states_are(cell):
+    module, inputs = reference.make(cell), randn(7, 3, 3)
+    for driven in driven_cells(module, inputs):
+        recurrence = driven.recurrence
+        states, linearised = recurrence.linearised_trajectory(driven.inputs, driven.state)
+        assert_near(states, recurrence.trajectory(driven.inputs, driven.state))
+        expected = recurrence.linearise(torch.cat((driven.state[None], states[:-1])), driven.inputs)
+        for part, other in zip(linearised, expected, strict=True):
+            assert_near(part, other)
+
+
 class Operations(TorchDispatchMode):
     """Counts the multiplications of matrix products, and the elements of the largest tensor that is made."""
 
