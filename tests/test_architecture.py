@@ -201,7 +201,7 @@ def test_all_that_ranks_do_together_is_listed_in_one_place():
         ("layers.sharding", "full_tensor"),
     }
     users = {module for module in TREES if "full_tensor" in names_in_code(module)}
-    assert users == {"layers.sharding", "layers.custom", "recording.recorder"}
+    assert users == {"layers.sharding", "layers.custom", "recording.calls"}
     listed = ast.get_docstring(TREES["callbacks.ranks"])
     names = (
         "reduce``",

@@ -29,9 +29,9 @@ from lightning_lyapunov.layers.copies import is_sharded
 from lightning_lyapunov.layers.discovery import FoundLayer, find_layers
 from lightning_lyapunov.layers.outer_state import undisturbed
 from lightning_lyapunov.measuring.layers import full_name
+from lightning_lyapunov.recording.calls import RecordedCalls
 from lightning_lyapunov.recording.hooks import beside_modes
 from lightning_lyapunov.recording.reading import follow
-from lightning_lyapunov.recording.recorder import RecordedCalls
 
 __all__ = ["GradientFlossing"]
 

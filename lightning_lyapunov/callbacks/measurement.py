@@ -15,9 +15,9 @@ from lightning_lyapunov.layers.outer_state import undisturbed
 from lightning_lyapunov.layers.sharding import gathered
 from lightning_lyapunov.measuring.layers import MeasuredLayer, Options, full_name, measure_layer, no_samples
 from lightning_lyapunov.measuring.summaries import CellMetrics, CellSamples, summarised
+from lightning_lyapunov.recording.calls import RecordedCalls
 from lightning_lyapunov.recording.cells import NotFollowedError
 from lightning_lyapunov.recording.reading import Followed, follow
-from lightning_lyapunov.recording.recorder import RecordedCalls
 
 __all__ = ["MAX_REPEATS", "Measurement"]
 

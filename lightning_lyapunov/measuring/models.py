@@ -17,10 +17,11 @@ from lightning_lyapunov.layers.registry import is_recurrent
 from lightning_lyapunov.layers.sharding import gathered
 from lightning_lyapunov.measuring.layers import MeasuredLayer, Options, full_name, measure_layer, no_samples
 from lightning_lyapunov.measuring.summaries import CellSamples, summarised
+from lightning_lyapunov.recording.calls import RecordedCalls
 from lightning_lyapunov.recording.cells import NotFollowedError
 from lightning_lyapunov.recording.hooks import beside_modes
 from lightning_lyapunov.recording.reading import follow
-from lightning_lyapunov.recording.recorder import RecordedCalls, Recorder
+from lightning_lyapunov.recording.recorder import Recorder
 
 __all__ = ["CellSpectrum", "model_spectra"]
 

@@ -15,8 +15,8 @@ from lightning_lyapunov.kernel.precision import widest_dtype
 from lightning_lyapunov.layers.copies import cast, frozen_copy, get_attribute, same
 from lightning_lyapunov.layers.trees import flatten
 from lightning_lyapunov.layers.watched import Place, StepCall, WatchedCell, flatten_places
+from lightning_lyapunov.recording.calls import RecordedCall
 from lightning_lyapunov.recording.chains import Segment, StateChangedError
-from lightning_lyapunov.recording.recorder import RecordedCall
 from lightning_lyapunov.recording.replay import difference
 
 __all__ = ["MIN_SHARE", "NoStateError", "NotFollowedError", "Results", "read_cell", "values_of", "with_batch"]

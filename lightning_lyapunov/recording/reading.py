@@ -14,9 +14,9 @@ from lightning_lyapunov.layers.registry import as_closed_form, has_own_forward, 
 from lightning_lyapunov.layers.torch_nn import CellLayer, StackedLayer
 from lightning_lyapunov.layers.trees import unflatten
 from lightning_lyapunov.layers.watched import WatchedCell
+from lightning_lyapunov.recording.calls import RecordedCall, RecordedCalls
 from lightning_lyapunov.recording.cells import MIN_SHARE, NoStateError, NotFollowedError, Results, read_cell
 from lightning_lyapunov.recording.chains import Segment, StateChangedError, join
-from lightning_lyapunov.recording.recorder import RecordedCall, RecordedCalls
 from lightning_lyapunov.recording.replay import difference, nudged, slack
 from lightning_lyapunov.recording.trimming import few_members
 from lightning_lyapunov.recording.whole_layers import read_unrolled, read_whole_layer

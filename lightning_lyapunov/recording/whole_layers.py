@@ -14,9 +14,9 @@ from lightning_lyapunov.layers.copies import assign, cast, frozen_copy
 from lightning_lyapunov.layers.trees import flatten, unflatten
 from lightning_lyapunov.layers.unrolled import UnrolledLayer, unroll
 from lightning_lyapunov.layers.watched import Place, StepCall, WatchedCell, flatten_places
+from lightning_lyapunov.recording.calls import RecordedCall
 from lightning_lyapunov.recording.cells import values_of, with_batch
 from lightning_lyapunov.recording.chains import Segment
-from lightning_lyapunov.recording.recorder import RecordedCall
 from lightning_lyapunov.recording.replay import difference
 
 __all__ = ["read_unrolled", "read_whole_layer"]

@@ -657,7 +657,7 @@ def call_in_form(module, form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("make", REPEATED.values(), ids=REPEATED)
 def test_a_call_is_compared_with_a_second_one_of_a_few_members(make, form, monkeypatch):
-    from lightning_lyapunov.recording import recorder as recorder_module
+    from lightning_lyapunov.recording import repeats
 
     def recorded():
         with Recording(module) as recording:
@@ -676,7 +676,7 @@ def test_a_call_is_compared_with_a_second_one_of_a_few_members(make, form, monke
         return copied
 
     for name in ("aliased_copy", "private_copy"):
-        monkeypatch.setattr(recorder_module, name, with_other_weights)
+        monkeypatch.setattr(repeats, name, with_other_weights)
     cut_in_time = form == "large" and not getattr(module, "bidirectional", False)
     if cut_in_time and getattr(module, "dropout", 0):  # neither outputs nor last states are known
         assert recorded() is None
