@@ -1,11 +1,12 @@
-"""Confidence intervals of an exponent that is a mean over few sequences."""
+"""An exponent that is a mean over few sequences, and its confidence interval."""
 
 import math
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["student_t_quantile"]
+__all__ = ["Estimate", "student_t_quantile"]
 
 
 @cache
@@ -31,3 +32,43 @@ def student_t_quantile(probability: float, degrees: int) -> float:
     areas = np.concatenate(([0.0], np.cumsum((density[1:] + density[:-1]) / 2)))
     angle = np.interp(2 * probability - 1, areas / areas[-1], angles)
     return float(np.sqrt(degrees) * np.tan(angle))
+
+
+class Estimate(NamedTuple):
+    """The last value of an exponent.
+
+    Attributes:
+        value: nats per step.
+        stderr: its standard error.
+        num_sequences: how many sequences, or segments of one, it is from.
+        layer: the name of its layer.
+        step: the step of the loggers.
+        length: the mean length of the sequences that the layer was called with.
+        is_extra: whether it was taken only because a run was resumed: without the break there would be none.
+    """
+
+    value: float
+    stderr: float
+    num_sequences: int
+    layer: str
+    step: int
+    length: float = math.nan
+    is_extra: bool = False
+
+    @property
+    def log10_gradient_gain(self) -> float:
+        """The decades by which a gradient grows over a whole sequence."""
+        return self.value * self.length / math.log(10)
+
+    def margin(self, probability: float = 0.975) -> float:
+        """Return how far an end of the confidence interval is from the value.
+
+        Args:
+            probability: that the truth is below the upper end, or above the lower one; 0.975 for a 95 % interval.
+        """
+        return student_t_quantile(probability, self.num_sequences - 1) * self.stderr
+
+    def bounds(self, probability: float = 0.975) -> "tuple[Estimate, Estimate]":
+        """Return the ends of the confidence interval, with the ``probability`` of :meth:`margin`."""
+        margin = self.margin(probability)
+        return self._replace(value=self.value - margin), self._replace(value=self.value + margin)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from lightning_lyapunov.callbacks.guard import guarded
-from lightning_lyapunov.callbacks.publish import DEFAULT_METRICS, METRICS, Estimate
+from lightning_lyapunov.callbacks.publish import DEFAULT_METRICS, METRICS
 from lightning_lyapunov.callbacks.run import Run
 from lightning_lyapunov.callbacks.saved import Saved
 from lightning_lyapunov.callbacks.trainer_hooks import TrainerHooks
+from lightning_lyapunov.confidence import Estimate
 from lightning_lyapunov.functional import layer_growth
 from lightning_lyapunov.reporting.figure import history_figure
 from lightning_lyapunov.reporting.history import History, save_table

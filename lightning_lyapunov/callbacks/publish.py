@@ -3,21 +3,21 @@
 import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_lyapunov.callbacks.measurement import MAX_REPEATS
 from lightning_lyapunov.callbacks.warn_once import WarnOnce
-from lightning_lyapunov.confidence import student_t_quantile
+from lightning_lyapunov.confidence import Estimate, student_t_quantile
 from lightning_lyapunov.measuring.summaries import CellMetrics
 from lightning_lyapunov.reporting.advice import advice_for, headline
 from lightning_lyapunov.reporting.budget import PictureBudget, worst_cells
 from lightning_lyapunov.reporting.history import History
 from lightning_lyapunov.reporting.loggers import Overview, log_spectra, takes_numbers_only
 
-__all__ = ["DEFAULT_METRICS", "METRICS", "Estimate", "Publisher", "logger_step", "metrics_of", "show_in_bar"]
+__all__ = ["DEFAULT_METRICS", "METRICS", "Publisher", "logger_step", "metrics_of", "show_in_bar"]
 
 METRICS = (
     "max",
@@ -41,33 +41,6 @@ DEFAULT_METRICS = ("max", "max_stderr", "log10_gradient_gain", "memory_steps", "
 # The overview of a model of more cells shows the worst of them.
 _MAX_LINES = 40
 _LARGEST, _SMALLEST = "lyapunov/max", "lyapunov/smallest_max"
-
-
-class Estimate(NamedTuple):
-    """The last value of an exponent.
-
-    Attributes:
-        value: nats per step.
-        stderr: its standard error.
-        num_sequences: how many sequences, or segments of one, it is from.
-        layer: the name of its layer.
-        step: the step of the loggers.
-        length: the mean length of the sequences that the layer was called with.
-        is_extra: whether it was taken only because a run was resumed: without the break there would be none.
-    """
-
-    value: float
-    stderr: float
-    num_sequences: int
-    layer: str
-    step: int
-    length: float = math.nan
-    is_extra: bool = False
-
-    @property
-    def log10_gradient_gain(self) -> float:
-        """The decades by which a gradient grows over a whole sequence."""
-        return self.value * self.length / math.log(10)
 
 
 def logger_step(trainer: Any, *, epoch_ended: bool = False) -> int:
@@ -225,10 +198,8 @@ class Publisher:
         before = self._measured.get(f"lyapunov/{self._worst}/max")
         if largest is None or before is None or math.isnan(largest.value):
             return None if largest is None else largest.layer
-        margins = [
-            student_t_quantile(0.975, estimate.num_sequences - 1) * estimate.stderr for estimate in (largest, before)
-        ]
-        return before.layer if largest.value - before.value <= math.hypot(*margins) else largest.layer
+        is_beyond = largest.value - before.value > math.hypot(largest.margin(), before.margin())
+        return largest.layer if is_beyond else before.layer
 
     def finish(self, trainer: Any) -> None:
         """Draw the last measurement of a run, if its pictures were left out."""

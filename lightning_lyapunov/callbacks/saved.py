@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lightning_lyapunov.callbacks.publish import Estimate
+from lightning_lyapunov.confidence import Estimate
 
 __all__ = ["Saved"]
 

@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_lyapunov.callbacks.host import AnyCallback, EarlyStoppingReason
 from lightning_lyapunov.callbacks.monitor import LyapunovMonitor
-from lightning_lyapunov.callbacks.publish import Estimate, metrics_of
-from lightning_lyapunov.confidence import student_t_quantile
+from lightning_lyapunov.callbacks.publish import metrics_of
+from lightning_lyapunov.confidence import Estimate
 from lightning_lyapunov.reporting.overview import UNSTABLE_DECADES
 
 __all__ = ["InstabilityStopping"]
@@ -203,8 +203,7 @@ class InstabilityStopping(EarlyStopping, AnyCallback):  # type: ignore[misc]
         """Return the side of the thresholds on which the whole confidence interval lies; "" if on none."""
         if not math.isfinite(estimate.value):
             return "not finite"
-        margin = student_t_quantile(self.confidence, estimate.num_sequences - 1) * estimate.stderr
-        low, high = estimate._replace(value=estimate.value - margin), estimate._replace(value=estimate.value + margin)
+        low, high = estimate.bounds(self.confidence)
         if self.decades is not None and low.log10_gradient_gain > self.decades:
             return "above"
         if self.threshold is not None and self._value(low) > self.threshold:

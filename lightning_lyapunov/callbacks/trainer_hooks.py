@@ -5,12 +5,13 @@ from typing import Any
 
 from lightning_lyapunov.callbacks.guard import guarded
 from lightning_lyapunov.callbacks.host import AnyCallback
-from lightning_lyapunov.callbacks.publish import Estimate, logger_step, show_in_bar
+from lightning_lyapunov.callbacks.publish import logger_step, show_in_bar
 from lightning_lyapunov.callbacks.ranks import left_out
 from lightning_lyapunov.callbacks.run import Run, failure_message
 from lightning_lyapunov.callbacks.saved import Saved
 from lightning_lyapunov.callbacks.schedule import Progress
 from lightning_lyapunov.callbacks.warn_once import WarnOnce
+from lightning_lyapunov.confidence import Estimate
 from lightning_lyapunov.layers.discovery import find_layers
 from lightning_lyapunov.reporting.history import History
 

@@ -6,9 +6,9 @@ They come from the runs of ``examples/remedies.py``: networks that did not learn
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-from lightning_lyapunov.confidence import student_t_quantile
+from lightning_lyapunov.confidence import Estimate
 from lightning_lyapunov.reporting.overview import UNSTABLE_DECADES
 
 __all__ = ["advice_for", "headline"]
@@ -18,46 +18,18 @@ _FORGETTING_DECADES = -5.0
 _WIPED_OUT = -5.0
 
 
-class _Estimate(Protocol):
-    """A measured exponent: see :class:`~lightning_lyapunov.callbacks.publish.Estimate`."""
-
-    @property
-    def value(self) -> float: ...
-    @property
-    def stderr(self) -> float: ...
-    @property
-    def num_sequences(self) -> int: ...
-    @property
-    def layer(self) -> str: ...
-    @property
-    def length(self) -> float: ...
-    @property
-    def log10_gradient_gain(self) -> float: ...
-
-
-class _Bounds(NamedTuple):
-    """The 95 % confidence interval of a largest exponent, and the steps of the sequences."""
-
-    low: float
-    high: float
-    length: float
-
-    def decades(self, value: float) -> float:
-        return value * self.length / math.log(10)
-
-
 class _Trouble(NamedTuple):
     """A row of the table.
 
     Attributes:
-        holds: whether the whole confidence interval says so.
+        holds: whether both ends of the 95 % confidence interval say so.
         tone: ``"grows"`` or ``"forgets"``.
         brief: a few words for the overview.
         meaning: one sentence, with ``{decades}``, ``{length}`` and ``{memory}``.
         remedies: what to do, by the kind of layer; "" for any other.
     """
 
-    holds: Callable[[_Bounds], bool]
+    holds: Callable[[Estimate, Estimate], bool]
     tone: str
     brief: str
     meaning: str
@@ -73,14 +45,14 @@ _FLOSS = ", or add the callback `GradientFlossing()`"
 _OPEN_GATE = "set the bias of the {} gate to 3 (the second block of `bias_ih_l0`)"
 _TABLE = (
     _Trouble(
-        lambda bounds: not math.isfinite(bounds.low),
+        lambda low, _: not math.isfinite(low.value),
         "grows",
         "not finite",
         "The network is not finite.",
         {"": "Lower the learning rate, or clip the gradient."},
     ),
     _Trouble(
-        lambda bounds: bounds.decades(bounds.low) > UNSTABLE_DECADES,
+        lambda low, _: low.log10_gradient_gain > UNSTABLE_DECADES,
         "grows",
         "grows {decades:+.1f} decades in {length:.0f} steps",
         "A gradient grows by {decades:.1f} decades over the {length:.0f} steps of a sequence: it is unstable.",
@@ -90,14 +62,14 @@ _TABLE = (
         },
     ),
     _Trouble(
-        lambda bounds: bounds.high < _WIPED_OUT,
+        lambda _, high: high.value < _WIPED_OUT,
         "forgets",
         "wipes out its state in each step",
         "Nearly nothing of a change of the state is left after one step: units are saturated, or dead ReLUs.",
         {"": "If the loss stays where it started, start again with a lower learning rate or smaller weights."},
     ),
     _Trouble(
-        lambda bounds: bounds.decades(bounds.high) < _FORGETTING_DECADES,
+        lambda _, high: high.log10_gradient_gain < _FORGETTING_DECADES,
         "forgets",
         "remembers {memory:.2g} of {length:.0f} steps",
         "A change of the state lasts {memory:.2g} of the {length:.0f} steps of a sequence.",
@@ -111,7 +83,7 @@ _TABLE = (
 )
 
 
-def advice_for(estimate: _Estimate, kind: str = "", first: _Estimate | None = None) -> str | None:
+def advice_for(estimate: Estimate, kind: str = "", first: Estimate | None = None) -> str | None:
     """Return what is wrong with a cell and what to do, or None where nothing is.
 
     Nothing is said on thin evidence: the whole 95 % confidence interval must be beyond the limit. Nor is it said of a
@@ -130,7 +102,7 @@ def advice_for(estimate: _Estimate, kind: str = "", first: _Estimate | None = No
     return f"{measured} {_filled(trouble.meaning, estimate)} {remedy}"
 
 
-def headline(estimate: _Estimate) -> tuple[str, str]:
+def headline(estimate: Estimate) -> tuple[str, str]:
     """Return what a measurement of the worst cell means in a few words, and whether that ``"grows"`` or ``"forgets"``.
 
     Where nothing is wrong, the second is "".
@@ -143,27 +115,20 @@ def headline(estimate: _Estimate) -> tuple[str, str]:
     return f"stable: {estimate.log10_gradient_gain:+.1f} decades in {estimate.length:.0f} steps", ""
 
 
-def _trouble(estimate: _Estimate) -> _Trouble | None:
+def _trouble(estimate: Estimate) -> _Trouble | None:
     # NaN is what a network that is not finite has; an error of NaN is one sequence alone, whose error nobody knows.
-    margin = 0.0
-    if math.isfinite(estimate.value):
-        margin = _margin(estimate)
-        if math.isnan(margin):
-            return None
-    bounds = _Bounds(estimate.value - margin, estimate.value + margin, estimate.length)
-    return next((trouble for trouble in _TABLE if trouble.holds(bounds)), None)
+    if math.isfinite(estimate.value) and math.isnan(estimate.margin()):
+        return None
+    low, high = estimate.bounds()
+    return next((trouble for trouble in _TABLE if trouble.holds(low, high)), None)
 
 
-def _has_risen(first: _Estimate, last: _Estimate) -> bool:
+def _has_risen(first: Estimate, last: Estimate) -> bool:
     """Return whether an exponent is larger than at first, beyond the errors of both."""
-    return last.value - first.value > math.hypot(_margin(first), _margin(last))
+    return last.value - first.value > math.hypot(first.margin(), last.margin())
 
 
-def _margin(estimate: _Estimate) -> float:
-    return student_t_quantile(0.975, estimate.num_sequences - 1) * estimate.stderr
-
-
-def _filled(text: str, estimate: _Estimate) -> str:
+def _filled(text: str, estimate: Estimate) -> str:
     values: dict[str, Any] = {
         "decades": estimate.log10_gradient_gain,
         "length": estimate.length,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_lyapunov.confidence import student_t_quantile
+from lightning_lyapunov.confidence import Estimate, student_t_quantile
 from lightning_lyapunov.reporting.advice import headline
 from lightning_lyapunov.reporting.overview import overview_picture
 from lightning_lyapunov.reporting.pictures import current_spectrum_picture, spectrum_picture
@@ -43,7 +43,7 @@ table {{ border-collapse: collapse; }} td, th {{ padding: .2rem .9rem .2rem 0; t
 def save_page(
     path: str | Path,
     history: Mapping[str, Mapping[str, Tensor]],
-    estimates: Mapping[str, Any],
+    estimates: Mapping[str, Estimate],
     advice: Sequence[str],
     settings: Mapping[str, Any],
 ) -> None:
@@ -81,12 +81,12 @@ def save_page(
     Path(path).write_text(page, encoding="utf-8")
 
 
-def _numbers(cell: Any) -> tuple[str, ...]:
+def _numbers(cell: Estimate) -> tuple[str, ...]:
     exponent = f"{cell.value:+.4f} ± {cell.stderr:.4f}"
     return cell.layer, exponent, f"{cell.log10_gradient_gain:+.1f}", f"{cell.length:.0f}", str(cell.num_sequences)
 
 
-def _spectra(name: str, measurements: Mapping[str, NDArray[Any]], cell: Any, quantile: float) -> str:
+def _spectra(name: str, measurements: Mapping[str, NDArray[Any]], cell: Estimate | None, quantile: float) -> str:
     spectra, title = measurements["spectrum"], f"Lyapunov exponents of {name}"
     length = {} if cell is None else {"length": cell.length}
     over_training = spectrum_picture(measurements["step"], spectra, title, **length)

@@ -33,7 +33,8 @@ from torch import nn
 from lightning_lyapunov import InstabilityStopping, LyapunovMonitor
 from lightning_lyapunov.callbacks.guard import guarded
 from lightning_lyapunov.callbacks.next_step import NextStep
-from lightning_lyapunov.callbacks.publish import Estimate, Publisher
+from lightning_lyapunov.callbacks.publish import Publisher
+from lightning_lyapunov.confidence import Estimate
 from lightning_lyapunov.reporting import room
 from lightning_lyapunov.reporting.history import History
 

@@ -15,8 +15,7 @@ from torch import nn
 
 from lightning_lyapunov import InstabilityStopping, LyapunovMonitor
 from lightning_lyapunov.callbacks.host import EarlyStoppingReason
-from lightning_lyapunov.callbacks.publish import Estimate
-from lightning_lyapunov.confidence import student_t_quantile
+from lightning_lyapunov.confidence import Estimate, student_t_quantile
 
 RISING = [0.1] * 6
 WORSE = [-0.2, -0.1, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]

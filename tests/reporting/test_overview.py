@@ -18,7 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from lightning_lyapunov import InstabilityStopping, LyapunovMonitor
-from lightning_lyapunov.callbacks.publish import DEFAULT_METRICS, METRICS, Estimate
+from lightning_lyapunov.callbacks.publish import DEFAULT_METRICS, METRICS
+from lightning_lyapunov.confidence import Estimate
 from lightning_lyapunov.reporting.advice import advice_for, headline
 from lightning_lyapunov.reporting.canvas import GROWS, SHRINKS, colour_limit, colours
 from lightning_lyapunov.reporting.overview import overview_picture
