@@ -130,7 +130,8 @@ def _limits(curves: Mapping[str, _Curve], worst: str, limit: float) -> tuple[flo
     if not len(shown):
         return limits_around(np.array([-1.0, 1.0]))
     low, high = np.quantile(shown, (0.02, 0.98)) if len(shown) > 100 else (shown.min(), shown.max())
-    above = [1.5 * limit] if 1.5 * limit < max(high, -low, 0.1) else []
+    # So much of it that its name can be written there.
+    above = [limit + max(0.5 * limit, 0.2 * (limit - low))] if 1.5 * limit < max(high, -low, 0.1) else []
     return limits_around(np.array([low, high, *above]))
 
 

@@ -57,6 +57,12 @@ def test_the_overview_shows_the_worst_cell_in_its_colour_and_the_others_in_grey(
     assert (count(upper, (150, 150, 150)) > 300) == (num_cells > 1)
 
 
+@pytest.mark.parametrize("largest", [-0.4, -0.1, 0.0, 0.05, 0.3, 3.0])
+def test_what_is_unstable_is_named_where_it_is_shaded(largest):
+    upper = overview_picture(history(largest), "rnn.l0", "", length=60)[52:254, 150:610]
+    assert (count(upper, UNSTABLE) > 0) == (count(upper, (205, 120, 115)) > 50)
+
+
 def test_each_cell_has_its_band():
     cells = history(0.3, -0.3)
     narrow, wide = (overview_picture(cells, "rnn.l0", "", quantiles={"rnn.l1": q}, length=60) for q in (1.0, 5.0))
