@@ -6,7 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Estimate", "student_t_quantile"]
+__all__ = ["NORMAL_QUANTILE", "Estimate", "student_t_quantile"]
+
+NORMAL_QUANTILE = 1.96
+"""How many standard errors a 95 % interval reaches to either side, where the number of sequences is not known."""
 
 
 @cache
@@ -60,15 +63,19 @@ class Estimate(NamedTuple):
         """The decades by which a gradient grows over a whole sequence."""
         return self.value * self.length / math.log(10)
 
-    def margin(self, probability: float = 0.975) -> float:
-        """Return how far an end of the confidence interval is from the value.
+    def quantile(self, probability: float = 0.975) -> float:
+        """Return how many standard errors the confidence interval reaches to either side.
 
         Args:
             probability: that the truth is below the upper end, or above the lower one; 0.975 for a 95 % interval.
         """
-        return student_t_quantile(probability, self.num_sequences - 1) * self.stderr
+        return student_t_quantile(probability, self.num_sequences - 1)
+
+    def margin(self, probability: float = 0.975) -> float:
+        """Return how far an end of the confidence interval is from the value; see :meth:`quantile`."""
+        return self.quantile(probability) * self.stderr
 
     def bounds(self, probability: float = 0.975) -> "tuple[Estimate, Estimate]":
-        """Return the ends of the confidence interval, with the ``probability`` of :meth:`margin`."""
+        """Return the ends of the confidence interval; see :meth:`quantile`."""
         margin = self.margin(probability)
         return self._replace(value=self.value - margin), self._replace(value=self.value + margin)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_lyapunov.callbacks.measurement import MAX_REPEATS
 from lightning_lyapunov.callbacks.warn_once import WarnOnce
-from lightning_lyapunov.confidence import Estimate, student_t_quantile
+from lightning_lyapunov.confidence import Estimate
 from lightning_lyapunov.measuring.summaries import CellMetrics
 from lightning_lyapunov.reporting.advice import advice_for, headline
 from lightning_lyapunov.reporting.budget import PictureBudget, worst_cells
@@ -230,7 +230,7 @@ class Publisher:
         shown = cells if self._log_band or len(cells) <= _MAX_LINES else sorted({*drawn, *filter(None, [self._worst])})
         history = self._history.tensors(shown, last_only=not pictures)
         options: dict[str, Any] = {
-            "quantiles": {e.layer: student_t_quantile(0.975, e.num_sequences - 1) for e in self.estimates.values()},
+            "quantiles": {e.layer: e.quantile() for e in self.estimates.values()},
             "band": self._log_band,
             "overview": self._overview(),
             "units": self._units.tensors(last_only=not pictures),

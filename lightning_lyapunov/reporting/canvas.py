@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from lightning_lyapunov.kernel.propagation import EXPONENT_FLOOR
 
 __all__ = [
+    "BAND",
     "FLOOR_GREY",
     "GROWS",
     "INK",
@@ -32,6 +33,8 @@ WIDTH = 800
 """The width of every picture, in pixels."""
 THIN = 3
 """The width of a thin line."""
+BAND = (200, 200, 200)
+"""The colour of an error band."""
 INK = (40, 40, 40)
 """The colour of letters and axes."""
 FLOOR_GREY = (110, 110, 110)
@@ -41,7 +44,7 @@ GROWS = (178, 24, 43)
 SHRINKS = (33, 84, 163)
 """The colour of what shrinks."""
 
-_BAND, _BACKGROUND = (200, 200, 200), (255, 255, 255)
+_BACKGROUND = (255, 255, 255)
 _HEIGHT, _FONT_SIZE, _TOP, _BOTTOM = 560, 30, 58, 462
 # The colour follows the square root: an exponent of an e-fold over the sequences has a third of the full colour.
 _PALE_E_FOLDS = 10.0
@@ -136,7 +139,7 @@ class Plot:
         self.frame(left, right)
 
     def fill_between(
-        self, x: NDArray[Any], lower: NDArray[Any], upper: NDArray[Any], colour: tuple[int, ...] = _BAND
+        self, x: NDArray[Any], lower: NDArray[Any], upper: NDArray[Any], colour: tuple[int, ...] = BAND
     ) -> None:
         if len(x):
             outline = [*zip(x, upper, strict=True), *zip(x[::-1], lower[::-1], strict=True)]

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_lyapunov.confidence import NORMAL_QUANTILE
 from lightning_lyapunov.reporting.canvas import resolved
 from lightning_lyapunov.reporting.overview import overview_picture
 from lightning_lyapunov.reporting.pictures import current_spectrum_picture, spectrum_picture, units_picture
@@ -22,9 +23,6 @@ __all__ = ["Overview", "log_spectra", "lyapunov_layout", "takes_numbers_only"]
 _OVERVIEW = "lyapunov/_overview"
 
 _PictureCall: TypeAlias = Callable[[str, NDArray[np.uint8], int], Any]
-
-# The quantile of the normal distribution, used where the number of sequences is not known.
-_QUANTILE = 1.96
 
 
 class Overview(NamedTuple):
@@ -99,7 +97,7 @@ def log_spectra(
         picture = overview_picture(arrays, worst, sentence, tone=tone, quantiles=quantiles, length=length)
         show(_OVERVIEW, picture, step)
     for layer, measurements in history.items():
-        half_width = (quantiles or {}).get(layer, _QUANTILE) * measurements["stderr"][-1].numpy()
+        half_width = (quantiles or {}).get(layer, NORMAL_QUANTILE) * measurements["stderr"][-1].numpy()
         is_drawn = layer in layers
         if numbers:
             _add_numbers(logger, layer, measurements["spectrum"][-1].numpy(), half_width, step, band, is_drawn)

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_lyapunov.confidence import NORMAL_QUANTILE
 from lightning_lyapunov.reporting.canvas import (
+    BAND,
     FLOOR_GREY,
     GROWS,
     INK,
@@ -35,9 +37,9 @@ _TONES = {"grows": GROWS, "forgets": SHRINKS}
 
 
 class _Curve(NamedTuple):
-    """The largest exponent of a cell, at the columns of those measurements of the worst cell that have it."""
+    """The largest exponent of a cell, at the places of those measurements of the worst cell that have it."""
 
-    columns: NDArray[np.int_]
+    x: NDArray[Any]
     values: NDArray[Any]
     half_width: NDArray[Any]
 
@@ -76,9 +78,9 @@ def overview_picture(
     upper = Plot(_LEFT, _RIGHT, _TOPS[0], _BOTTOMS[0])
     upper.write(20, 24, sentence, "lm", WIDTH - 40, _TONES.get(tone, INK))
     steps = np.asarray(history[worst]["step"])
-    columns = {int(step): column for column, step in enumerate(steps)}
-    curves = {cell: _curve(one, columns, (quantiles or {}).get(cell, 1.96)) for cell, one in history.items()}
-    _draw_curves(upper, curves, worst, len(steps), _TONES.get(tone, INK), UNSTABLE_DECADES * math.log(10) / length)
+    x = {int(step): upper.x((column + 0.5) / len(steps)) for column, step in enumerate(steps)}
+    curves = {cell: _curve(one, x, (quantiles or {}).get(cell, NORMAL_QUANTILE)) for cell, one in history.items()}
+    _draw_curves(upper, curves, worst, _TONES.get(tone, INK), UNSTABLE_DECADES * math.log(10) / length)
     lower = Plot(_LEFT, _RIGHT, _TOPS[1], _BOTTOMS[1], image=upper.image)
     draw_map(lower, steps, np.asarray(history[worst]["spectrum"]), length)
     lower.label_y("all exponents")
@@ -86,15 +88,14 @@ def overview_picture(
     return np.asarray(upper.image)
 
 
-def _curve(measurements: Mapping[str, Any], columns: Mapping[int, int], quantile: float) -> _Curve:
-    places = np.array([columns.get(int(step), -1) for step in measurements["step"]])
-    values, errors = (np.asarray(measurements[key])[places >= 0, 0].astype(float) for key in ("spectrum", "stderr"))
-    return _Curve(places[places >= 0], values, quantile * errors)
+def _curve(measurements: Mapping[str, Any], x: Mapping[int, float], quantile: float) -> _Curve:
+    steps = [int(step) for step in measurements["step"]]
+    shown = [step in x for step in steps]
+    values, errors = (np.asarray(measurements[key])[shown, 0].astype(float) for key in ("spectrum", "stderr"))
+    return _Curve(np.array([x[step] for step in steps if step in x]), values, quantile * errors)
 
 
-def _draw_curves(
-    plot: Plot, curves: Mapping[str, _Curve], worst: str, num_steps: int, colour: tuple[int, ...], limit: float
-) -> None:
+def _draw_curves(plot: Plot, curves: Mapping[str, _Curve], worst: str, colour: tuple[int, ...], limit: float) -> None:
     """Draw all curves, the worst last, with the axes and what is unstable."""
     low, high = _limits(curves, worst, limit)
 
@@ -103,20 +104,19 @@ def _draw_curves(
 
     if limit < high:
         plot.draw.rectangle((plot.left, plot.top, plot.right - 1, float(y(limit))), _UNSTABLE)
-    in_order = [*(curve for cell, curve in curves.items() if cell != worst), curves[worst]]
-    xs = [np.asarray(plot.x((curve.columns + 0.5) / num_steps)) for curve in in_order]
-    for x, curve in zip(xs, in_order, strict=True):
+    main, others = curves[worst], [curve for cell, curve in curves.items() if cell != worst]
+    for curve in (*others, main):
         banded = resolved(curve.values) & np.isfinite(curve.half_width)
         lower, upper = (y(bound)[banded] for bound in curve.bounds)
-        plot.fill_between(x[banded], lower, upper, *([] if curve is curves[worst] else [_OTHER_BAND]))
+        plot.fill_between(curve.x[banded], lower, upper, BAND if curve is main else _OTHER_BAND)
     if limit < high and y(limit) - plot.top > 30:
         plot.write(plot.right - 12, float(y(limit)) - 18, "unstable", "rm", colour=_UNSTABLE_INK)
     plot.frame(plot.left, plot.right)
     plot.draw.line((plot.left, float(y(0)), plot.right - 1, float(y(0))), INK, THIN)
-    for x, curve in zip(xs[:-1], in_order[:-1], strict=True):
-        _join(plot, x, y(curve.values), resolved(curve.values), _OTHER)
-    heights, known = y(curves[worst].values), resolved(curves[worst].values)
-    _join(plot, xs[-1], heights, known, colour, width=2 * THIN, dots=True)
+    for curve in others:
+        _join(plot, curve.x, y(curve.values), resolved(curve.values), _OTHER)
+    heights, known = y(main.values), resolved(main.values)
+    _join(plot, main.x, heights, known, colour, width=2 * THIN, dots=True)
     _name(plot, worst, heights, known, colour, len(curves))
     plot.label_y("largest exponent")
     for value in round_numbers(low, high):

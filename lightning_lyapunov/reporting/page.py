@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_lyapunov.confidence import Estimate, student_t_quantile
+from lightning_lyapunov.confidence import NORMAL_QUANTILE, Estimate
 from lightning_lyapunov.reporting.advice import headline
 from lightning_lyapunov.reporting.overview import overview_picture
 from lightning_lyapunov.reporting.pictures import current_spectrum_picture, spectrum_picture
@@ -66,10 +66,12 @@ def save_page(
         raise ValueError("Nothing has been measured yet: train with the monitor first.")
     arrays = {name: {key: values.numpy() for key, values in one.items()} for name, one in history.items()}
     cells = {one.layer: one for key, one in estimates.items() if key == f"lyapunov/{one.layer}/max"}
-    quantiles = {name: student_t_quantile(0.975, one.num_sequences - 1) for name, one in cells.items()}
+    quantiles = {name: one.quantile() for name, one in cells.items()}
     sentence, tone = headline(worst)
     options: dict[str, Any] = {"tone": tone, "quantiles": quantiles, "length": worst.length}
-    spectra = [_spectra(name, one, cells.get(name), quantiles.get(name, 1.96)) for name, one in arrays.items()]
+    spectra = [
+        _spectra(name, one, cells.get(name), quantiles.get(name, NORMAL_QUANTILE)) for name, one in arrays.items()
+    ]
     page = _PAGE.format(
         sentence=html.escape(sentence),
         overview=_image(overview_picture(arrays, worst.layer, sentence, **options), "overview"),
